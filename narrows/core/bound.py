@@ -117,9 +117,7 @@ class Bound:
         for phase in self.phases:
             if phase.name == name:
                 return phase
-        raise NarrowsError(
-            f"no phase {name!r}; there is {', '.join(p.name for p in self.phases)}"
-        )
+        raise NarrowsError(f"no phase {name!r}; there is {', '.join(p.name for p in self.phases)}")
 
 
 def live_peak(workload: Workload, phase: Phase) -> dict[str, dict[str, Any]]:

@@ -24,7 +24,9 @@ class Error:
     n: int
 
     @classmethod
-    def of(cls, predicted: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray) -> Error:
+    def of(
+        cls, predicted: Sequence[float] | np.ndarray, measured: Sequence[float] | np.ndarray
+    ) -> Error:
         """The error of predicted against measured values (same shape, measured above zero)."""
         ape = np.abs(np.asarray(predicted, float) / np.asarray(measured, float) - 1.0)
         if ape.size == 0:

@@ -106,6 +106,4 @@ class Machine:
 
     def calibrated(self, *calibrations: Calibration) -> Machine:
         """This machine with further calibrations, which replace those of the same op class."""
-        return replace(
-            self, calibrations={**self.calibrations, **{c.op: c for c in calibrations}}
-        )
+        return replace(self, calibrations={**self.calibrations, **{c.op: c for c in calibrations}})

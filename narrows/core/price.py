@@ -82,7 +82,9 @@ class PhasePrice:
         names, index = self.narrowest()
         spent = self.repeat * self.seconds
         total = np.maximum(spent.sum(axis=0), np.finfo(float).tiny)
-        return {n: np.where(index == i, spent, 0.0).sum(axis=0) / total for i, n in enumerate(names)}
+        return {
+            n: np.where(index == i, spent, 0.0).sum(axis=0) / total for i, n in enumerate(names)
+        }
 
 
 def tile_waste(op: Op, calibration: Calibration, units: int) -> Number:

@@ -129,7 +129,6 @@ class Workload:
     def map_ops(self, change: Callable[[Phase, Op], Iterable[Op]]) -> Workload:
         """This workload with every op replaced by what `change` gives for it."""
         phases = tuple(
-            replace(p, ops=tuple(new for op in p.ops for new in change(p, op)))
-            for p in self.phases
+            replace(p, ops=tuple(new for op in p.ops for new in change(p, op))) for p in self.phases
         )
         return replace(self, phases=phases)
