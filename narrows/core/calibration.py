@@ -10,6 +10,8 @@ import numpy as np
 
 from narrows.core.errors import NarrowsError
 
+Values = Sequence[float] | np.ndarray
+
 UNCALIBRATED_P90 = 0.8
 """p90 error granted to a datasheet roofline: it was 32-77 % optimistic on measured GPU profiles."""
 

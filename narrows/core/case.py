@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from narrows.core.machine import Machine
@@ -20,7 +20,7 @@ class Case:
 
     workload: Workload
     machine: Machine
-    plan: Plan = Plan()
+    plan: Plan = field(default_factory=Plan)
 
     def bound(self) -> Bound:
         """The narrowest resource of every phase, and the distance from its limit."""
@@ -30,9 +30,9 @@ class Case:
 
     def find(self, **options: Any) -> Any:
         """Registered techniques ranked by what they would gain here (see narrows.find)."""
-        import narrows
+        from narrows.door import find
 
-        return narrows.find(self, **options)
+        return find(self, **options)
 
     def with_(self, *techniques: Technique) -> Case:
         """This case as the techniques rewrite it, in the order given."""

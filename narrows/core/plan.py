@@ -9,7 +9,7 @@ from typing import Any
 from narrows.core.errors import unknown
 
 FUSIONS = ("flash", "compiled")
-"""`flash`: attention keeps its scores on chip. `compiled`: chains of pointwise ops are one kernel."""
+"""`flash`: attention keeps its scores on chip. `compiled`: pointwise chains are one kernel."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ same maximum at the machine's own rates with nothing fixed: no run can be faster
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,7 +31,7 @@ TRAFFIC: Mapping[str, Callable[[Number], Number]] = {
     "all_to_all": lambda p: (p - 1) / p,
     "send_recv": lambda p: 1.0,
 }
-"""Bytes a rank sends in the ring form of a collective over p ranks, per byte of the full message."""
+"""Bytes a rank sends in the ring form of a collective over p ranks, per byte of the message."""
 
 IDEAL = Calibration("")
 
@@ -190,7 +190,7 @@ def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePric
         *(np.shape(b) for row in levels for b in row.values()),
     )
 
-    def table(rows: list[Number]) -> np.ndarray:
+    def table(rows: Sequence[Number]) -> np.ndarray:
         out = np.zeros((len(rows), *shape))
         for i, row in enumerate(rows):
             out[i] = row

@@ -61,7 +61,7 @@ class Op:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """Ops that run in order, `steps` times over: `prefill`, `decode`, `forward`, `training step`."""
+    """Ops that run in order, `steps` times over: `prefill`, `decode`, `training step`, ..."""
 
     name: str
     ops: tuple[Op, ...]
