@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 
@@ -66,6 +66,7 @@ class PhaseBound:
     error: float | None
     rows: tuple[Row, ...]
     measured_seconds: float | None = None
+    measured_ops: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def distance(self) -> float:
@@ -86,6 +87,7 @@ class Bound:
     phases: tuple[PhaseBound, ...]
     how: str
     trust: str
+    measured_seconds: float | None = None
 
     @property
     def seconds(self) -> float:

@@ -70,6 +70,11 @@ class Technique(Method):
     def predict(self, case: Case) -> Case:
         """The case as this technique would run it; the same case where it does nothing."""
 
+    @classmethod
+    @abstractmethod
+    def variants(cls, case: Case) -> tuple[Technique, ...]:
+        """The settings worth asking about for a case, the paper's defaults first."""
+
     @abstractmethod
     def why(self, case: Case) -> str:
         """One sentence: what it would do to this case, or why it would not help."""
