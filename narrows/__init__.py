@@ -4,6 +4,7 @@
     bound(case)                 the narrowest resource, and the distance from its limit
     find(case)                  published techniques ranked by what they would gain here
     apply(model, technique)     the technique itself, on your model
+    load(folder)                a model that `narrows apply --save` wrote, technique at work
 
 Nothing heavy is imported until it is used.
 """
@@ -17,15 +18,17 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from narrows.core.bound import bound
     from narrows.door import apply, case, find
+    from narrows.saved import load
 
 _DOOR = {
     "case": "narrows.door:case",
     "find": "narrows.door:find",
     "apply": "narrows.door:apply",
+    "load": "narrows.saved:load",
     "bound": "narrows.core.bound:bound",
 }
 
-__all__ = ["__version__", "apply", "bound", "case", "find"]
+__all__ = ["__version__", "apply", "bound", "case", "find", "load"]
 
 
 def __getattr__(name: str) -> Any:

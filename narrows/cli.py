@@ -133,7 +133,9 @@ def progress_bar(quiet: bool = False) -> Iterator[Progress | None]:
 
 def dump(data: Any) -> None:
     """JSON to standard output; arrays and numpy scalars become plain numbers."""
-    click.echo(json.dumps(data, indent=2, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x)))
+    click.echo(
+        json.dumps(data, indent=2, default=lambda x: x.tolist() if hasattr(x, "tolist") else str(x))
+    )
 
 
 @main.command()
@@ -170,7 +172,7 @@ def machines(as_json: bool) -> None:
 @main.command()
 @asks_case
 @click.option("--measured", default=None, metavar="SECONDS|FILE",
-              help="A real run: total seconds, or a profile (JSON, see docs/measured.md).")  # fmt: skip
+              help="A real run: total seconds, or a profile (JSON).")  # fmt: skip
 @as_json
 def bound(make_case: Callable[..., Case], measured: str | None, as_json: bool) -> None:
     """The narrowest resource of MODEL, and the distance from its limit."""
@@ -291,7 +293,9 @@ def methods(words: tuple[str, ...], as_json: bool) -> None:
 @main.command()
 @click.argument("profiles", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--machine", required=True, help="Catalogue name or TOML file.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Machine file to write.")
+@click.option(
+    "--out", required=True, type=click.Path(path_type=Path), help="Machine file to write."
+)
 @as_json
 def calibrate(profiles: tuple[Path, ...], machine: str, out: Path, as_json: bool) -> None:
     """Fit a machine's constants to measured profiles."""
@@ -307,9 +311,13 @@ def calibrate(profiles: tuple[Path, ...], machine: str, out: Path, as_json: bool
     save(fitted, out)
     if as_json:
         return dump(
-            {"machine": fitted.name, "out": str(out), "refused": [asdict(r) for r in profile.refused],
-             "calibrations": {k: asdict(c) for k, c in fitted.calibrations.items()}}
-        )  # fmt: skip
+            {
+                "machine": fitted.name,
+                "out": str(out),
+                "refused": [asdict(r) for r in profile.refused],
+                "calibrations": {k: asdict(c) for k, c in fitted.calibrations.items()},
+            }
+        )
     from narrows.report import text
 
     return text.calibration(console(), fitted, profile.refused, out)

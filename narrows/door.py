@@ -29,7 +29,9 @@ Progress = Callable[[float, str], None]
 """Called with the fraction done and what is being done."""
 
 
-def machine(name: str | Machine = "here", *, fresh: bool = False, progress: Progress | None = None) -> Machine:
+def machine(
+    name: str | Machine = "here", *, fresh: bool = False, progress: Progress | None = None
+) -> Machine:
     """A machine by catalogue name or TOML path; `here` measures this one (once, then cached)."""
     if isinstance(name, Machine):
         return name
@@ -62,7 +64,11 @@ def case(
     train: a training step of `batch` sequences of `prompt` tokens instead. settings: see SETTINGS.
     """
     chosen = _settings(settings or {})
-    for what, value, least in (("prompt", prompt, 0), ("generate", generate, 0), ("batch", batch, 1)):
+    for what, value, least in (
+        ("prompt", prompt, 0),
+        ("generate", generate, 0),
+        ("batch", batch, 1),
+    ):
         if value < least:
             raise NarrowsError(f"{what} must be at least {least}, not {value}")
     if prompt + generate == 0:
@@ -90,8 +96,12 @@ def case(
 
 
 def _default_fusion(where: Machine) -> tuple[str, ...]:
-    """How models are usually run there: compiled with flash attention, or PyTorch eager on a CPU."""
-    return ("flash",) if where.name.startswith("here") or where.kind == "cpu" else ("flash", "compiled")
+    """How models are usually run there: compiled with flash attention; eager PyTorch on a CPU."""
+    return (
+        ("flash",)
+        if where.name.startswith("here") or where.kind == "cpu"
+        else ("flash", "compiled")
+    )
 
 
 def _settings(given: Mapping[str, str]) -> dict[str, Any]:
@@ -161,9 +171,16 @@ def find(
             after, reason = before, str(error)
         options.append(
             Option(
-                technique.key, _changed(technique), before.seconds / after.seconds, after.seconds,
-                technique.price, reason, technique.relieves, _held(after), technique,
-            )  # fmt: skip
+                technique.key,
+                _changed(technique),
+                before.seconds / after.seconds,
+                after.seconds,
+                technique.price,
+                reason,
+                technique.relieves,
+                _held(after),
+                technique,
+            )
         )
     return sorted(options, key=lambda o: -o.gain)
 
@@ -202,7 +219,9 @@ def technique(text: str) -> Technique:
     key, _, rest = text.partition(":")
     entry = index.get(key)
     if entry.role != "technique":
-        raise NarrowsError(f"{key} is {entry.role}, not a technique: it cannot be applied to a model")
+        raise NarrowsError(
+            f"{key} is {entry.role}, not a technique: it cannot be applied to a model"
+        )
     if not entry.target:
         built = ", ".join(e.key for e in index.built("technique"))
         raise NarrowsError(f"{key} is planned, not built yet; built today: {built}")

@@ -85,12 +85,15 @@ def _factory(file: Path, name: str) -> Callable[[], Any]:
     if not file.is_file():
         raise NarrowsError(f"no file {file}; give file.py:factory")
     spec = importlib.util.spec_from_file_location(file.stem, file)
-    assert spec is not None and spec.loader is not None, file
+    if spec is None or spec.loader is None:
+        raise NarrowsError(f"{file} cannot be imported as a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except Exception as error:
-        raise NarrowsError(f"{file} could not be imported: {type(error).__name__}: {error}") from error
+        raise NarrowsError(
+            f"{file} could not be imported: {type(error).__name__}: {error}"
+        ) from error
     found = getattr(module, name, None)
     if not callable(found):
         raise NarrowsError(f"{file} has no function {name!r}; it must return (module, inputs)")

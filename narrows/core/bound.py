@@ -88,6 +88,7 @@ class Bound:
     how: str
     trust: str
     measured_seconds: float | None = None
+    measured_ops: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def seconds(self) -> float:

@@ -23,7 +23,10 @@ PATTERNS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("gather", ("embedding", "index_select", "gather", "::index")),
     ("copy", ("memcpy", "copy", "::cat", "clone", "contiguous", "memset")),
     ("reduce", ("reduce", "::sum", "::mean", "argmax", "topk")),
-    ("pointwise", ("elementwise", "::add", "::mul", "::silu", "::gelu", "vectorized", "triton_poi")),
+    (
+        "pointwise",
+        ("elementwise", "::add", "::mul", "::silu", "::gelu", "vectorized", "triton_poi"),
+    ),
 )
 """Name parts by which a kernel or an aten op is told apart; the first that matches wins."""
 
@@ -162,7 +165,7 @@ def against(found: Bound, run: Measured) -> Bound:
     ops = dict(run.ops)
     if not seconds and len(names) == 1:
         seconds = {names[0]: run.total}
-        ops = {names[0]: inner for inner in run.ops.values()}
+        ops = dict.fromkeys(names, next(iter(run.ops.values()), {}))
     missing = [n for n in seconds if n not in names]
     if missing:
         raise NarrowsError(
@@ -179,4 +182,8 @@ def against(found: Bound, run: Measured) -> Bound:
         phases.append(
             replace(phase, measured_seconds=mine, measured_ops=dict(ops.get(phase.name, {})))
         )
-    return replace(found, phases=tuple(phases), measured_seconds=run.total)
+    spent: dict[str, float] = {}
+    for inner in run.ops.values():
+        for kind, s in inner.items():
+            spent[kind] = spent.get(kind, 0.0) + s
+    return replace(found, phases=tuple(phases), measured_seconds=run.total, measured_ops=spent)
