@@ -54,7 +54,7 @@ class Entry:
     folder: str
     role: str
     narrow_points: tuple[str, ...]
-    does: str
+    what: str
     paper: str = ""
     target: str = ""
 
@@ -84,7 +84,7 @@ def _own() -> tuple[Entry, ...]:
     table = tomllib.loads(Path(__file__).with_name("index.toml").read_text(encoding="utf-8"))
     return tuple(
         Entry(
-            key, row["title"], folder, row["role"], tuple(row["relieves"]), row["does"],
+            key, row["title"], folder, row["role"], tuple(row["relieves"]), row["what"],
             row["paper"], row.get("target", ""),
         )
         for folder, rows in table.items()
@@ -199,7 +199,7 @@ SUFFIXES = ("ation", "ment", "ing", "ion", "ed", "er", "e")
 """Endings that do not matter: training is trained, quantisation is a quantiser's work."""
 
 WEIGHTS: Mapping[str, float] = {
-    "key": 8, "folder": 6, "relieves": 4, "title": 3, "also": 2, "role": 2, "does": 1,
+    "key": 8, "folder": 6, "relieves": 4, "title": 3, "also": 2, "role": 2, "what": 1,
 }  # fmt: skip
 """What a word of the query counts when it is found in a field."""
 
@@ -230,7 +230,7 @@ def _fields(entry: Entry) -> Mapping[str, frozenset[str]]:
         "title": frozenset(_words(entry.title)),
         "also": _points(entry.narrow_points[1:]),
         "role": frozenset(_words(entry.role)),
-        "does": frozenset(_words(entry.does)),
+        "what": frozenset(_words(entry.what)),
     }
 
 

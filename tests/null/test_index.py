@@ -45,9 +45,9 @@ def test_all_ninety_six_are_there_once() -> None:
 def test_rows_are_well_formed(entry: index.Entry) -> None:
     assert entry.key.isidentifier()
     assert entry.key == entry.key.lower()
-    assert entry.does.endswith(".")
-    assert entry.does[0].isupper()
-    assert 40 < len(entry.does) <= 160, "one plain sentence"
+    assert entry.what.endswith(".")
+    assert entry.what[0].isupper()
+    assert 40 < len(entry.what) <= 160, "one plain sentence"
     assert len(set(entry.narrow_points)) == len(entry.narrow_points)
     assert entry.paper == "" or entry.url.startswith("https://arxiv.org/abs/")
     assert index.status(entry) in ("planned", "built")
