@@ -196,7 +196,7 @@ def _rows(priced: PhasePrice, machine: Machine) -> tuple[Row, ...]:
             if name in priced.bytes:
                 need, unit = float((repeat * priced.bytes[name][mine]).sum()), "byte"
                 have = machine.bandwidth(name)
-            elif name in machine.resources:
+            elif name.startswith("compute."):
                 ran = np.array([
                     op.kind == kind and machine.compute(op.precision).name == name
                     for op in priced.phase.ops

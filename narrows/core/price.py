@@ -6,6 +6,10 @@ The law (Williams, Waterman and Patterson 2009, "Roofline", extended by a fixed 
 
 with c, m and fixed the calibration of the op class (1, 1 and 0 without one). The limit is the
 same maximum at the machine's own rates with nothing fixed: no run can be faster.
+
+On a machine with caches the bytes of an op are shared out over them and the main memory; their
+seconds add up, and kernels that pack their operands first add them to the arithmetic instead of
+hiding them behind it (see caches.py).
 """
 
 from __future__ import annotations
@@ -15,11 +19,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from narrows.core import caches
 from narrows.core.calibration import Calibration
 from narrows.core.errors import NarrowsError
 from narrows.core.machine import Machine
 from narrows.core.tensor import Number
-from narrows.core.workload import PERSISTENT, Op, Phase, Workload
+from narrows.core.workload import Op, Phase, Workload
 
 DISPATCH = "dispatch"
 """The resource that a fixed cost a call is charged to: launching, scheduling, start-up."""
@@ -103,22 +108,6 @@ def tile_waste(op: Op, calibration: Calibration, units: int) -> Number:
     return np.maximum(tiles * rows * columns / (m * n * op.shape.get("batch", 1)), 1.0)
 
 
-def _moved(workload: Workload, op: Op, machine: Machine) -> dict[tuple[str, bool], Number]:
-    """Bytes of one run of an op by (level or link, whether the tensor outlives the step)."""
-    moved: dict[tuple[str, bool], Number] = {}
-    for use in (*op.reads, *op.writes):
-        tensor = workload.tensors[use.tensor]
-        level = machine.tiers.get(tensor.tier)
-        if level is None:
-            raise NarrowsError(
-                f"tensor {tensor.name!r} lives in tier {tensor.tier!r}, "
-                f"which machine {machine.name!r} does not have"
-            )
-        key = (level, tensor.role in PERSISTENT)
-        moved[key] = moved.get(key, 0.0) + tensor.bytes(use.at)
-    return moved
-
-
 def _message(workload: Workload, op: Op, machine: Machine) -> tuple[str, Number, float]:
     """Link, bytes a rank sends over it, and latency of a collective."""
     name = machine.tiers.get("peers")
@@ -131,58 +120,29 @@ def _message(workload: Workload, op: Op, machine: Machine) -> tuple[str, Number,
     return name, size * TRAFFIC[op.kind](op.shape.get("peers", 2)), machine.links[name].latency
 
 
-def _levels(
-    moved: list[dict[tuple[str, bool], Number]], standing: Number, machine: Machine
-) -> list[dict[str, Number]]:
-    """Bytes by level after caches: what fits a cache between two uses is served by it.
+def calibration_of(op: Op, machine: Machine) -> Calibration | None:
+    """The calibration of an op's class: the most special one the machine has.
 
-    Weights, caches of keys and the like come round once a step, so they stay only if all that
-    the step touches of them (`standing`) fits; intermediates were made by the op before.
+    Classes are told apart by kind, then by precision, then by whether a product has a vector on
+    one side, because libraries run another kernel for each: `matmul.fp32.vector`, `matmul.fp32`,
+    `matmul`.
     """
-    if not machine.caches:
-        plain: list[dict[str, Number]] = []
-        for row in moved:
-            total: dict[str, Number] = {}
-            for (level, _), b in row.items():
-                total[level] = total.get(level, 0.0) + b
-            plain.append(total)
-        return plain
-    sizes = [machine.resources[f"{c}.capacity"].capacity for c in machine.caches]
-    served: list[dict[str, Number]] = []
-    for row in moved:
-        own = sum((b for (level, _), b in row.items() if level == machine.memory), start=0.0)
-        total = {}
-        for (level, persistent), b in row.items():
-            if level != machine.memory:
-                total[level] = total.get(level, 0.0) + b
-                continue
-            reach = np.maximum(own, standing) if persistent else own
-            left: Number = 1.0
-            for cache, size in zip(machine.caches, sizes, strict=True):
-                here = left * (reach <= size)
-                total[cache] = total.get(cache, 0.0) + here * b
-                left = left - here
-            total[machine.memory] = total.get(machine.memory, 0.0) + left * b
-        served.append(total)
-    return served
-
-
-def standing_bytes(workload: Workload, phase: Phase) -> Number:
-    """Bytes of the lasting tensors that one step of a phase goes through."""
-    touched = {u.tensor for op in phase.ops for u in (*op.reads, *op.writes)}
-    return sum(
-        (t.bytes() for n, t in workload.tensors.items() if n in touched and t.role in PERSISTENT),
-        start=0.0,
-    )
+    if not machine.calibrations:
+        return None
+    special = f"{op.kind}.{op.precision}"
+    names = [special, op.kind]
+    if "m" in op.shape and np.all(np.asarray(op.shape["m"]) <= 1):
+        names = [f"{special}.vector", *names]
+    return next((machine.calibrations[n] for n in names if n in machine.calibrations), None)
 
 
 def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePrice:
     """Price one phase; see PhasePrice for the shapes."""
     ops = phase.ops
     local = [op if op.kind not in TRAFFIC else None for op in ops]
-    moved = [_moved(workload, op, machine) if op is not None else {} for op in local]
-    levels = _levels(moved, standing_bytes(workload, phase), machine)
-    calibrations = tuple(machine.calibrations.get(op.kind) for op in ops)
+    levels = caches.levels(workload, phase, [op is not None for op in local], machine)
+    along = {*machine.caches, machine.memory} if machine.caches else set[str]()
+    calibrations = tuple(calibration_of(op, machine) for op in ops)
     flops = [workload.op_flops(op) for op in ops]
     repeat = [phase.steps * op.repeat for op in ops]
     shape = np.broadcast_shapes(
@@ -204,9 +164,10 @@ def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePric
     def charge(table_: dict[str, np.ndarray], name: str, i: int, value: Number) -> None:
         table_.setdefault(name, np.zeros((len(ops), *shape)))[i] += value
 
+    known: set[str] = set()
     for i, op in enumerate(ops):
         calibration = calibrations[i] or IDEAL
-        fixed = calibration.fixed
+        fixed: Number = calibration.fixed
         if local[i] is None:
             link, sent, latency = _message(workload, op, machine)
             levels[i] = {link: sent}
@@ -219,15 +180,26 @@ def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePric
             taken = least * (tile_waste(op, calibration, machine.units) / calibration.compute)
             slowest[i] = np.maximum(slowest[i], taken)
             charge(terms, unit.name, i, taken)
+        passed: Number = 0.0
         for level, b in levels[i].items():
             least = b / machine.bandwidth(level)
             limit[i] = np.maximum(limit[i], least)
-            slowest[i] = np.maximum(slowest[i], least / calibration.memory)
             charge(all_bytes, level, i, b)
             charge(terms, level, i, least / calibration.memory)
-        if fixed:
+            if level in along:
+                passed = passed + least / calibration.memory
+            else:
+                slowest[i] = np.maximum(slowest[i], least / calibration.memory)
+        staged = along and op.kind in caches.STAGED
+        slowest[i] = slowest[i] + passed if staged else np.maximum(slowest[i], passed)
+        fixed = fixed + caches.wake_seconds(workload, op, machine)
+        if np.any(np.asarray(fixed) > 0):
             charge(terms, DISPATCH, i, fixed)
             slowest[i] = slowest[i] + fixed
+        faults = caches.fault_seconds(workload, op, machine, known)
+        if np.any(np.asarray(faults) > 0):
+            charge(terms, caches.FAULTS, i, faults)
+            slowest[i] = slowest[i] + faults
     return PhasePrice(
         phase, table(repeat), table(flops), all_bytes, limit, slowest, terms, calibrations
     )

@@ -1,0 +1,246 @@
+"""Rates of the host itself: caches, main memory, random access, drive, loopback."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import tempfile
+from contextlib import suppress
+from dataclasses import dataclass
+from mmap import mmap
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+
+import numpy as np
+
+from narrows.measure.kernels import Loops, ring, together
+
+MB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Cache:
+    """A cache as the system describes it. size: bytes of all instances the cores here can use."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """Bytes per second over a footprint of `size` bytes: read alone, and as STREAM counts triad."""
+
+    size: int
+    read: float
+    triad: float
+
+
+def processor() -> str:
+    """The processor's name as it tells it."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("model name", "Model")):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cores() -> int:
+    """Processors this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def memory_available() -> float | None:
+    """Bytes a new process could take, from /proc/meminfo; None elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return float(line.split()[1]) * 1024
+    return None
+
+
+def memory_total() -> float | None:
+    """Bytes of main memory; None where the platform does not tell."""
+    with suppress(AttributeError, OSError, ValueError):
+        return float(os.sysconf("SC_PAGE_SIZE")) * float(os.sysconf("SC_PHYS_PAGES"))
+    return None
+
+
+def caches(threads: int) -> list[Cache]:
+    """Data caches from sysfs, nearest first; empty where they are not listed.
+
+    A private cache counts once for each of the threads, a shared one once for its sharers.
+    """
+    found: list[Cache] = []
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        with suppress(OSError, ValueError):
+            kind = (index / "type").read_text().strip()
+            if kind == "Instruction":
+                continue
+            level = int((index / "level").read_text())
+            text = (index / "size").read_text().strip()
+            size = int(text.rstrip("KMG")) * {"K": 1024, "M": MB, "G": 1024 * MB}.get(text[-1], 1)
+            sharers = _count((index / "shared_cpu_list").read_text())
+            found.append(Cache(f"l{level}", size * max(threads // sharers, 1)))
+    return found
+
+
+def _count(cpus: str) -> int:
+    """How many processors a list such as `0-3,8` names."""
+    total = 0
+    for part in cpus.strip().split(","):
+        first, _, last = part.partition("-")
+        total += int(last or first) - int(first) + 1
+    return total
+
+
+def stream(loops: Loops, size: int, threads: int, seconds: float) -> Stream:
+    """Bandwidth over a footprint of `size` bytes in all, split evenly over the threads.
+
+    The best of several rounds: a rate that was reached once can be reached.
+    """
+    share = max(size // threads // 4, 48)
+    single = [np.ones(share, np.float32) for _ in range(threads)]
+    triple = [[np.ones(share // 3, np.float32) for _ in range(3)] for _ in range(threads)]
+    best = {}
+    for name, moved in (("read", share * 4), ("triad", share // 3 * 12)):
+
+        def call(i: int, times: int, name: str = name) -> None:
+            if name == "read":
+                loops.read(single[i], times)
+            else:
+                loops.triad(*triple[i], times)
+
+        times = 1
+        while (took := together(lambda i: call(i, times), threads)) < seconds / 12:  # noqa: B023
+            times = max(times * 2, int(times * seconds / 12 / max(took, 1e-5)))
+        rates = [moved * threads * times / took]
+        end = perf_counter() + seconds / 2 - took
+        while perf_counter() < end or len(rates) < 3:
+            took = together(lambda i: call(i, times), threads)  # noqa: B023
+            rates.append(moved * threads * times / took)
+        best[name] = max(rates)
+    return Stream(size, best["read"], best["triad"])
+
+
+def knee(streams: list[Stream], near: float, far: float, nominal: float) -> float:
+    """Bytes of the last cache that can be relied on, from read rates over growing footprints.
+
+    The footprint at which a byte costs the mean of what it costs near and far (rates of the
+    plateaus); never more than the nominal size. Neighbours on the same chip take their part.
+    """
+    middle = (1 / near + 1 / far) / 2
+    before: Stream | None = None
+    for at in streams:
+        if 1 / at.read >= middle:
+            if before is None:
+                return float(min(at.size, nominal))
+            a, b = 1 / before.read, 1 / at.read
+            part = (middle - a) / (b - a) if b > a else 1.0
+            size = before.size * (at.size / before.size) ** part
+            return float(min(size, nominal))
+        before = at
+    return float(nominal)
+
+
+def random_access(loops: Loops, size: int, seconds: float) -> float:
+    """Seconds of one load that depends on the load before it, over `size` bytes."""
+    successor = ring(max(size // 64, 2))
+    steps = 1000
+    while True:
+        begin = perf_counter()
+        loops.chase(successor, steps)
+        took = perf_counter() - begin
+        if took >= seconds / 4:
+            break
+        steps = max(steps * 2, int(steps * seconds / 4 / max(took, 1e-6) / 2))
+    times = [took]
+    for _ in range(2):
+        begin = perf_counter()
+        loops.chase(successor, steps)
+        times.append(perf_counter() - begin)
+    return min(times) / steps
+
+
+def drive(folder: Path, size: int = 64 * MB, block: int = 4 * MB) -> float:
+    """Bytes per second of reading a fresh file past the page cache; the file is removed.
+
+    Raises OSError where the file system does not take O_DIRECT, or there is no such thing.
+    """
+    direct = getattr(os, "O_DIRECT", None)
+    if direct is None:
+        raise OSError("this system has no O_DIRECT")
+    handle, name = tempfile.mkstemp(prefix=".narrows-drive-", dir=folder)
+    buffer = mmap(-1, block)  # mmap gives pages: O_DIRECT wants aligned memory
+    try:
+        chunk = os.urandom(block)
+        for _ in range(size // block):
+            os.write(handle, chunk)
+        os.fsync(handle)
+        os.close(handle)
+        handle = os.open(name, os.O_RDONLY | direct)
+        rates: list[float] = []
+        for _ in range(3):
+            os.lseek(handle, 0, os.SEEK_SET)
+            begin = perf_counter()
+            read = 0
+            while (got := os.readv(handle, [buffer])) > 0:
+                read += got
+            rates.append(read / (perf_counter() - begin))
+        return max(rates)
+    finally:
+        os.close(handle)
+        buffer.close()
+        Path(name).unlink(missing_ok=True)
+
+
+def loopback(size: int = 32 * MB, messages: int = 200) -> tuple[float, float]:
+    """Bytes per second one way and seconds of an empty message over TCP to this host itself."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(5.0)
+        failed: list[BaseException] = []
+
+        def answer() -> None:
+            try:
+                peer, _ = server.accept()
+                with peer:
+                    peer.settimeout(5.0)
+                    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    for _ in range(messages):
+                        peer.sendall(peer.recv(1))
+                    left, room = size, bytearray(MB)
+                    while left > 0:
+                        got = peer.recv_into(room, min(len(room), left))
+                        if not got:
+                            return
+                        left -= got
+                    peer.sendall(b"x")
+            except OSError as error:
+                failed.append(error)
+
+        helper = Thread(target=answer, daemon=True)
+        helper.start()
+        try:
+            with socket.create_connection(server.getsockname(), timeout=5.0) as line:
+                line.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                trips: list[float] = []
+                for _ in range(messages):
+                    begin = perf_counter()
+                    line.sendall(b"x")
+                    line.recv(1)
+                    trips.append(perf_counter() - begin)
+                chunk, left = bytes(MB), size
+                begin = perf_counter()
+                while left > 0:
+                    line.sendall(chunk)
+                    left -= len(chunk)
+                line.recv(1)
+                took = perf_counter() - begin
+        finally:
+            helper.join(timeout=5.0)
+    if failed:
+        raise failed[0]
+    return size / took, float(np.median(trips)) / 2
