@@ -225,7 +225,10 @@ def _calibrations(doc: _Machine, where: str) -> dict[str, Calibration]:
     found: dict[str, Calibration] = {}
     for op, entry in doc.calibrations.items():
         at = _join("calibrations", op)
-        _one_of(op, KINDS, "op class", where, at)
+        kind, _, special = op.partition(".")  # `matmul`, `matmul.bf16`, `matmul.bf16.vector`
+        _one_of(kind, KINDS, "op class", where, at)
+        if special:
+            _one_of(special.removesuffix(".vector"), PRECISIONS, "precision", where, at)
         part = _convert(entry, _Calibration, where, at)
         for side in part.tile:
             _whole(side, 0, 65_536, where, f"{at}.tile")
