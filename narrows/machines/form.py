@@ -40,6 +40,7 @@ TABLES: Mapping[Kind, str] = {kind: f"{kind}s" for kind in Kind}
 _NAME = re.compile(r"[a-z0-9]+([._-][a-z0-9]+)*")
 BARE = re.compile(r"[A-Za-z0-9_-]+")
 _PRICER = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 _WORDS = {
     "float": "a number", "int": "a whole number", "str": "text", "object": "a table",
     "array": "a list", "bool": "true or false", "null": "nothing", "datetime": "a date",
@@ -169,7 +170,7 @@ def _name(value: str, where: str, at: str) -> str:
 def _plain(value: object, where: str, at: str) -> None:
     """Refuse control characters anywhere: titles and sources go to terminals and reports."""
     if isinstance(value, str):
-        if any((ord(c) < 32 and c not in "\n\t") or 127 <= ord(c) < 160 for c in value):
+        if _CONTROL.search(value):
             _refuse(where, at, "has control characters; take them out")
     elif isinstance(value, dict):
         for key, inner in value.items():
@@ -210,7 +211,7 @@ def _links(doc: _Machine, where: str) -> dict[str, Link]:
     for name, entry in doc.links.items():
         at = _join("links", _name(name, where, "links"))
         part = _convert(entry, _Link, where, at)
-        _number(part.bandwidth, 1.0, 1e18, where, f"{at}.bandwidth", "byte/s")
+        _number(part.bandwidth, 1e3, 1e18, where, f"{at}.bandwidth", "byte/s")
         if not 0 <= part.latency <= 1e4:
             _refuse(where, f"{at}.latency", f"must be 0 to 10000 seconds, not {part.latency!r}")
         _whole(part.peers, 2, 100_000_000, where, f"{at}.peers")
