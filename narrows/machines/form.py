@@ -21,8 +21,13 @@ from narrows.core.resource import Kind, Link, Resource
 from narrows.core.tensor import BITS
 from narrows.core.workload import KINDS
 
-MAX_BYTES = 1_000_000
+MAX_BYTES = 200_000
 """Larger files are not machines."""
+
+MAX_LINE = 4_000
+"""Nor are longer lines: a TOML key of thousands of parts takes the parser quadratic time."""
+
+SEE = "the form is described in narrows/machines/README.md"
 
 MACHINE_KINDS = ("gpu", "tpu", "cpu", "accelerator", "node", "board", "mcu")
 TOPOLOGIES = ("point", "all-to-all", "ring", "tree", "torus", "shared")
@@ -121,7 +126,7 @@ def _convert(raw: object, form: type[T], where: str, at: str) -> T:
         _refuse(where, at, f"must be a table, not {_shown(raw)}")
     for key in raw:
         if key not in form.__struct_fields__:
-            told = str(unknown("field", str(key), form.__struct_fields__))
+            told = str(unknown("field", str(key), form.__struct_fields__, SEE))
             _refuse(where, at, told)
     try:
         return msgspec.convert(raw, form, strict=True)
@@ -131,7 +136,10 @@ def _convert(raw: object, form: type[T], where: str, at: str) -> T:
         if found:
             _refuse(where, at + path.rstrip("`"), f"{found[1]!r} is missing; add it")
         told = re.sub(r"`(\w+)`", lambda m: _WORDS.get(m[1], m[1]), told).replace("`", "'")
-        _refuse(where, (at + path.rstrip("`")).lstrip("."), told[:1].lower() + told[1:])
+        told = told[:1].lower() + told[1:]
+        if told == "expected a number, got text":
+            told += "; write the bare figure, as in 3.35e12"
+        _refuse(where, (at + path.rstrip("`")).lstrip("."), told)
 
 
 def _number(value: float, low: float, high: float, where: str, at: str, unit: str) -> float:
@@ -191,7 +199,11 @@ def _resources(doc: _Machine, where: str) -> dict[str, Resource]:
         for name, entry in raw.items():
             at = _join(TABLES[kind], _name(name, where, TABLES[kind]))
             part = _convert(entry, _Resource, where, at)
-            _one_of(part.unit, UNITS[kind], f"unit of {TABLES[kind]}", where, f"{at}.unit")
+            if part.unit not in UNITS[kind]:
+                _refuse(
+                    where, f"{at}.unit", f"{_shown(part.unit)} is no unit of {TABLES[kind]}; give "
+                    f"the figure in {' or '.join(UNITS[kind])}, plain SI, as in 3.35e12",
+                )  # fmt: skip
             if name.startswith("compute."):
                 precision = name.removeprefix("compute.")
                 _one_of(precision, PRECISIONS, "precision", where, at)
@@ -277,7 +289,7 @@ def _tiers(
                 _refuse(where, f"{at}.unit", f"a capacity is in 'byte', not {level.unit!r}")
     power = resources.get("power")
     if power is not None and (power.kind, power.unit) != (Kind.LEVEL, "watt"):
-        _refuse(where, "levels.power", "power is a level in 'watt'")
+        _refuse(where, _join(TABLES[power.kind], "power"), "power is a level and its unit 'watt'")
     return dict(doc.tiers)
 
 
@@ -317,6 +329,8 @@ def loads(text: str | bytes, where: str) -> Machine:
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8-sig")
+        if max(map(len, text.splitlines()), default=0) > MAX_LINE:
+            raise NarrowsError(f"{where}: a line is longer than {MAX_LINE:,} characters; split it")
         return _build(tomllib.loads(text), where)
     except UnicodeDecodeError:
         raise NarrowsError(f"{where}: not UTF-8 text; save it as UTF-8") from None
@@ -324,5 +338,4 @@ def loads(text: str | bytes, where: str) -> Machine:
         raise NarrowsError(f"{where}: nested far deeper than a machine is") from None
     except (ValueError, OverflowError) as error:
         told = _shown(str(error)).strip("'\"")
-        raise NarrowsError(f"{where}: not valid TOML ({told}); see narrows/machines/README.md "
-                           "for the form") from None  # fmt: skip
+        raise NarrowsError(f"{where}: not valid TOML ({told}); {SEE}") from None

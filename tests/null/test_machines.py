@@ -261,7 +261,7 @@ def test_paths(tmp_path: Path) -> None:
     with pytest.raises(NarrowsError):
         load("bad\0name.toml")
     big = tmp_path / "big.toml"
-    big.write_bytes(b"#" * 1_000_001)
+    big.write_bytes(b"#\n" * 100_001)
     with pytest.raises(NarrowsError, match="larger than"):
         load(big)
     wrong = tmp_path / "wrong.toml"
