@@ -44,9 +44,9 @@ class Target:
 
 def reference_path() -> Path:
     """The directory of the reference model, recall-lm."""
-    from narrows.models.recall_lm import PATH
+    from narrows.models.recall_lm import WEIGHTS
 
-    return PATH
+    return WEIGHTS
 
 
 def resolve(model: str) -> Target:
@@ -55,12 +55,11 @@ def resolve(model: str) -> Target:
     Raises NarrowsError for a name that is neither `reference`, a catalogue shape, a Hugging Face
     directory, a `config.json`, nor `file.py:factory`.
     """
-    from narrows.trace.config import from_json
-    from narrows.trace.shapes import shape
+    from narrows.trace.config import TransformerConfig, shape
 
     if model == REFERENCE:
         path = reference_path()
-        return Target(REFERENCE, from_json(path / "config.json"), path)
+        return Target(REFERENCE, TransformerConfig.from_json(path), path)
     file, colon, factory = model.rpartition(":")
     if colon and file.endswith(".py"):
         return Target(model, factory=_factory(Path(file), factory))
@@ -70,11 +69,11 @@ def resolve(model: str) -> Target:
             raise NarrowsError(
                 f"{model} is a directory without config.json; give a Hugging Face model directory"
             )
-        return Target(path.resolve().name, from_json(path / "config.json"), path)
+        return Target(path.resolve().name, TransformerConfig.from_json(path), path)
     if path.suffix == ".json":
         if not path.is_file():
             raise NarrowsError(f"no file {model}; give a config.json of a transformer")
-        return Target(path.parent.resolve().name or path.stem, from_json(path))
+        return Target(path.parent.resolve().name or path.stem, TransformerConfig.from_json(path))
     if path.suffix == ".py":
         raise NarrowsError(f"{model} needs the factory's name too: {model}:FUNCTION")
     return Target(model, shape(model))
