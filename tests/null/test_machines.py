@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
 import sys
@@ -343,3 +345,19 @@ def test_listing_is_fast_and_light() -> None:
     assert int(count) == len(ALL)
     assert float(best) < 0.15
     assert heavy.strip() == "[]"
+
+
+def test_agrees_with_calculon_where_it_says_the_same() -> None:
+    """A100 and H100 against calculon's system files: arithmetic, memory and links within 10 %."""
+    data = os.environ.get("NARROWS_DATA")
+    if not data:
+        pytest.skip("NARROWS_DATA is not set: calculon's systems are not here")
+    systems = json.loads((Path(data) / "training/calculon-systems.json").read_text("utf-8"))
+    for theirs, ours in (("a100_80e", "a100-80"), ("h100_80g_nvl8", "h100-sxm")):
+        system, machine = systems[theirs], load(ours)
+        assert machine.resources["compute.fp16"].capacity == pytest.approx(
+            system["matrix"]["float16"]["tflops"] * 1e12, rel=0.1
+        )
+        assert machine.bandwidth("device") == pytest.approx(system["mem1"]["GBps"] * 1e9, rel=0.1)
+        assert machine.links["nvlink"].bandwidth == system["networks"][0]["bandwidth"] * 1e9
+        assert machine.links["nvlink"].peers == system["networks"][0]["size"]
