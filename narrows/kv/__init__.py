@@ -1,0 +1,9 @@
+"""Key-value caches: what is kept of a prompt, how it is stored, and where.
+
+_base.py          KVTechnique, Policy     the convention every member follows; no torch
+snapkv.py         SnapKV                  keeps the prompt tokens the last queries look at
+baselines.py      RandomEviction, ...     policies to compare against at equal bytes
+store_torch.py    Store, attend           what one layer holds in place, and attention over it
+select_torch.py   window_votes, top       votes for tokens, and the choice among them
+adapter.py        KVCache, wrap           the seam to Hugging Face transformers (5.2 to newest)
+"""

@@ -1,0 +1,331 @@
+"""The seam to Hugging Face transformers: caches that plug in, no modelling code patched.
+
+A layer's `update` returns a handle instead of tensors; models pass it on to the attention
+function untouched, and ours, registered as ATTENTION, writes the store and reads it as it lies.
+The queries a policy needs arrive there too, with their positions applied.
+
+Works from transformers 5.2 on. What moved since is told apart by shape and signature, never by
+version: `get_mask_sizes` gets the query's positions or their number, the longest length is asked
+as `get_max_cache_shape` or `get_max_length`, `crop` gets a final length or a number to remove,
+`update` does or does not get `cache_kwargs`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from narrows.core.errors import NarrowsError
+from narrows.kv._base import Policy, Prompt
+from narrows.kv.store_torch import Store
+
+ATTENTION = "narrows_kv"
+"""Name of the attention that reads these caches: `model.set_attn_implementation(ATTENTION)`.
+
+With any other cache, or none, it is plain scaled dot-product attention.
+"""
+
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Arguments of attention functions that change the scores in a way this one does not know."""
+
+_CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
+
+
+class KVLayer(CacheLayerMixin):
+    """One layer of a cache: a Store, filled under a policy (None keeps all, in place)."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, index: int, policy: Policy | None = None) -> None:
+        # the base would set `keys` and `values`, which are views of the store here
+        self.index = index
+        self.policy = policy
+        self.store = Store()
+
+    @property
+    def keys(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The keys held, (batch, kv_heads, held, head_dim)."""
+        return self.store.keys
+
+    @property
+    def values(self) -> torch.Tensor | None:  # type: ignore[override]
+        """The values held, (batch, kv_heads, held, head_dim)."""
+        return self.store.values
+
+    @property
+    def is_initialized(self) -> bool:  # type: ignore[override]
+        """Whether anything was stored."""
+        return self.store.keys is not None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Nothing to prepare: the store is sized by the first prompt."""
+
+    def update(  # type: ignore[override]
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Incoming, Incoming]:
+        """A handle for the attention function, which stores the tokens and reads them."""
+        incoming = Incoming(self, key_states, value_states)
+        return incoming, incoming
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        mask: torch.Tensor | None,
+        scaling: float | None,
+        options: dict[str, Any],
+    ) -> torch.Tensor:
+        """Store the new tokens and attend, (batch, tokens, heads, head_dim)."""
+        if self.store.seen:
+            self.store.append(keys, values)
+            return self.store.attend(queries, mask, scaling).transpose(1, 2)
+        out, _ = sdpa_attention_forward(
+            module, queries, keys, values, mask, scaling=scaling, **options
+        )
+        valid = _valid(mask, keys)
+        columns = None
+        if self.policy is not None:
+            scale = queries.shape[3] ** -0.5 if scaling is None else scaling
+            columns = self.policy.on_prefill_end(
+                Prompt(self.index, queries, keys, values, valid, scale)
+            )
+        self.store.fill(keys, values, columns, valid)
+        return out
+
+    def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:  # type: ignore[override]
+        """Length and offset of the mask: over all tokens seen, whatever is still held."""
+        new = query.shape[0] if isinstance(query, torch.Tensor) else query
+        return self.store.seen + new, 0
+
+    def get_seq_length(self) -> int:
+        """Tokens seen: the position the next one gets."""
+        return self.store.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.store.clear()
+
+    def crop(self, tokens: int) -> None:
+        """Take back tokens, counted as the installed transformers counts them."""
+        if tokens > 0 and not _CROP_TO_LENGTH:
+            raise NarrowsError(f"crop takes a negative number of tokens to remove, not {tokens}")
+        remove = self.store.seen - tokens if _CROP_TO_LENGTH and tokens >= 0 else -tokens
+        if remove > 0:
+            self.store.crop(remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Rows of the batch in another order, for beam search."""
+        self.store.rows(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep some rows of the batch."""
+        self.store.rows(torch.arange(self._rows, device=indices.device)[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row of the batch `repeats` times."""
+        self.store.rows(torch.arange(self._rows).repeat_interleave(repeats))
+
+    @property
+    def _rows(self) -> int:
+        return 0 if self.keys is None else self.keys.shape[0]
+
+
+@dataclass(slots=True)
+class Incoming:
+    """New keys and values on their way from a model to the attention function."""
+
+    layer: KVLayer
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        raise NarrowsError(
+            f"this cache needs the attention that reads it (a tensor's {name!r} was asked): "
+            f"call model.set_attn_implementation({ATTENTION!r}) first, or use apply(model)"
+        )
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[torch.Tensor, None]:
+    """The attention function that transformers calls, (batch, tokens, heads, head_dim)."""
+    if not isinstance(key, Incoming):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **options
+        )
+    for name in UNSUPPORTED:
+        if options.get(name) is not None:
+            raise NarrowsError(f"{type(module).__name__} uses {name}, which {ATTENTION} lacks")
+    layer = key.layer
+    out = layer.attend(module, query, key.keys, key.values, attention_mask, scaling, options)
+    return out.contiguous(), None
+
+
+def _valid(mask: torch.Tensor | None, keys: torch.Tensor) -> torch.Tensor | None:
+    """Which columns of a prompt are tokens, (batch, tokens); None where all are.
+
+    The last token of a prompt sees all that is not padding, so the mask's last row tells.
+    """
+    if mask is None:
+        return None
+    last = mask[:, :, -1, : keys.shape[2]]
+    seen = last if last.dtype == torch.bool else last > torch.finfo(last.dtype).min / 2
+    valid = seen.any(1).expand(keys.shape[0], -1)
+    if not bool(valid[:, -1].all()):
+        raise NarrowsError(
+            "the prompt is padded on the right, so its last tokens are no tokens; pad on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+    return None if bool(valid.all()) else valid
+
+
+AttentionInterface.register(ATTENTION, attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+
+
+def layers_for(config: Any, policy: Policy | None) -> list[Any]:
+    """Cache layers of a model: ours where it attends to everything, transformers' own elsewhere."""
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "num_kv_shared_layers", 0):
+        raise NarrowsError(
+            f"{text.model_type} shares keys and values between layers: not supported"
+        )
+    made = DynamicCache(config=config).layers
+    ours = [i for i, layer in enumerate(made) if type(layer) is DynamicLayer]
+    if not ours:
+        raise NarrowsError(f"{text.model_type} has no layer with full attention to hold a cache of")
+    return [KVLayer(i, policy) if i in ours else layer for i, layer in enumerate(made)]
+
+
+class KVCache(Cache):
+    """A cache to pass as `past_key_values`: in place, under a policy (None: dense).
+
+    config: the model's. The model must run ATTENTION.
+    """
+
+    def __init__(self, config: Any, policy: Policy | None = None) -> None:
+        super().__init__(layers=layers_for(config, policy))
+
+
+def stores(cache: Cache) -> list[Store]:
+    """The stores of a cache's layers, in order; layers of transformers' own have none."""
+    return [layer.store for layer in cache.layers if isinstance(layer, KVLayer)]
+
+
+def nbytes(cache: Cache) -> int:
+    """Bytes of the keys and values a cache of ours holds."""
+    return sum(store.nbytes() for store in stores(cache))
+
+
+class Supply:
+    """Forward pre-hook of a wrapped model: gives it the cache that a run starts with.
+
+    A fresh one where the caller passed none; an empty DynamicCache (what `generate` makes) is
+    taken over, so that the caller's own object holds what is kept. A cache that holds tokens
+    already is left as it is.
+    """
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+        self.cache: Cache | None = None
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(args) > 1:
+            named = list(inspect.signature(model.forward).parameters)
+            kwargs = {**dict(zip(named[1:], args[1:], strict=False)), **kwargs}
+            args = args[:1]
+        wanted = kwargs.get("use_cache")
+        default = getattr(model.config.get_text_config(decoder=True), "use_cache", True)
+        if not (default if wanted is None else wanted):
+            return args, kwargs
+        given = kwargs.get("past_key_values")
+        if given is None:
+            given = KVCache(model.config, self.policy)
+        elif isinstance(given, Cache) and stores(given):
+            pass
+        elif type(given) is not DynamicCache:
+            raise NarrowsError(
+                f"a {type(given).__name__} was passed as past_key_values, but the technique brings "
+                "its own cache; pass none, or an empty DynamicCache"
+            )
+        elif given.get_seq_length() == 0:
+            given.layers = layers_for(model.config, self.policy)
+            given.layer_class_to_replicate = None
+        self.cache = given
+        return args, {**kwargs, "past_key_values": given}
+
+
+@dataclass
+class AppliedCache:
+    """A model whose caches follow a policy, inside the context of `apply`."""
+
+    model: Any
+    supply: Supply
+
+    @property
+    def cache(self) -> Cache:
+        """The cache of the latest run."""
+        if self.supply.cache is None:
+            raise NarrowsError("no cache yet: run the model first")
+        return self.supply.cache
+
+    def nbytes(self) -> int:
+        """Bytes of keys and values held by the latest run."""
+        return nbytes(self.cache)
+
+
+@contextmanager
+def wrap(model: Any, policy: Policy) -> Iterator[AppliedCache]:
+    """A transformers model whose caches follow a policy; undone on exit, whatever happened."""
+    if not isinstance(model, PreTrainedModel):
+        raise NarrowsError(
+            f"a transformers model is needed to change its cache, not a {type(model).__name__}"
+        )
+    if any(isinstance(hook, Supply) for hook in model._forward_pre_hooks.values()):
+        raise NarrowsError("a cache technique is at work on this model already; leave it first")
+    layers_for(model.config, policy)
+    before = _implementations(model.config)
+    supply = Supply(policy)
+    hook = model.register_forward_pre_hook(supply, with_kwargs=True)
+    try:
+        model.set_attn_implementation(ATTENTION)
+        if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
+            raise NarrowsError(
+                f"{type(model).__name__} does not let its attention be chosen "
+                "(it does not go through transformers' AttentionInterface)"
+            )
+        yield AppliedCache(model, supply)
+    finally:
+        hook.remove()
+        model.set_attn_implementation(before)
+
+
+def _implementations(config: Any) -> str | dict[str, str]:
+    """The attention a model runs now, in the form that sets it back."""
+    inner = {name: getattr(config, name, None) for name in getattr(config, "sub_configs", {})}
+    found = {n: c._attn_implementation for n, c in inner.items() if c is not None}
+    return {"": config._attn_implementation, **found} if found else config._attn_implementation
