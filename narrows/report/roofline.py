@@ -1,0 +1,407 @@
+"""The roofline of a case (Williams, Waterman and Patterson 2009), one mark for each op class.
+
+x: operations for each byte moved, over all memories. y: operations a second as predicted (the
+calibrated seconds, not the limit). Area: share of the seconds. So a technique that halves the
+bytes and operations of an op moves its mark nowhere, but shrinks it: a ring around a disc.
+
+The picture is an SVG that takes its colours from the page, so that it reads on white and on dark.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from html import escape
+from math import ceil, floor, inf, log10, pi, sqrt
+from typing import TYPE_CHECKING, Any
+
+from narrows.core.bound import Bound, PhaseBound
+from narrows.core.errors import NarrowsError
+from narrows.core.machine import Machine
+from narrows.report import units, words
+from narrows.report.labels import Labels, width
+from narrows.report.points import Frame, Point, Roof, calibrated, frame, points, roofs
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+WIDTH, HEIGHT = 9.4, 5.7
+"""Inches at 72 points; the page scales it."""
+
+INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
+PHASES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505")
+"""Stand-ins that become the page's colours: var(--ink), ..., var(--phase-1), ..."""
+
+VARIABLES = {
+    INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)",
+    **{colour: f"var(--phase-{i + 1})" for i, colour in enumerate(PHASES)},
+}  # fmt: skip
+
+LIGHT = {
+    "ink": "#1b1f24", "muted": "#5d6670", "rule": "#d9dee3", "paper": "#ffffff",
+    "phase-1": "#0072b2", "phase-2": "#d55e00", "phase-3": "#007d5c", "phase-4": "#a6518a",
+    "phase-5": "#8a6d00",
+}  # fmt: skip
+DARK = {
+    "ink": "#e8eaed", "muted": "#9aa4ae", "rule": "#333a42", "paper": "#14171b",
+    "phase-1": "#56b4e9", "phase-2": "#f08a3c", "phase-3": "#35c49a", "phase-4": "#dd94c4",
+    "phase-5": "#e0c341",
+}  # fmt: skip
+"""Hues of Okabe and Ito (2008), told apart with every colour vision; lighter on dark."""
+
+LARGEST = 2600.0
+"""Area in square points of a mark that takes all seconds."""
+
+
+def _ticks(axis: Any, low: float, high: float, show: Any) -> None:
+    """A tick for each decade, or fewer where there are many."""
+    first, last = ceil(log10(low)), floor(log10(high))
+    step = max(1, round((last - first + 1) / 8))
+    values = [10.0**d for d in range(first, last + 1, step)]
+    axis.set_ticks(values, [show(v) for v in values])
+    axis.set_ticks([], minor=True)
+
+
+def _decade(value: float) -> str:
+    """A power of ten in short: 0.01, 1, 1000, 10 G."""
+    if 1e-4 <= value <= 1e4:
+        return f"{value:g}"
+    number, _, prefix = units.si(value, "").partition(" ")
+    return f"{float(number):g} {prefix}"
+
+
+def _axes(box: Frame) -> tuple[Any, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=72)
+    figure.patch.set_visible(False)
+    axes = figure.add_axes((0.092, 0.1, 0.903, 0.89))
+    axes.patch.set_visible(False)
+    axes.set(xscale="log", yscale="log", xlim=(box.left, box.right), ylim=(box.bottom, box.top))
+    _ticks(axes.xaxis, box.left, box.right, _decade)
+    _ticks(axes.yaxis, box.bottom, box.top, _decade)
+    axes.grid(color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in axes.spines:
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0, labelsize=10, labelcolor=MUTED, pad=6)
+    axes.set_xlabel("operations for each byte moved (FLOP/byte)", fontsize=10.5, color=MUTED)
+    axes.set_ylabel("operations a second (FLOP/s)", fontsize=10.5, color=MUTED)
+    return figure, axes
+
+
+class Drawing:
+    """One picture while it is drawn: roofs, marks, and labels that keep off both."""
+
+    def __init__(self, machine: Machine, bound: Bound, after: Bound | None, technique: str) -> None:
+        self.machine, self.bound, self.after = machine, bound, after
+        self.technique = technique or "the technique"
+        self.now = points(bound)
+        self.then = points(after) if after is not None else []
+        self.lines = roofs(machine, bound)
+        self.dashed, _ = calibrated(machine, bound)
+        self.box = frame([*self.now, *self.then], self.lines)
+        phases = (*bound.phases, *(after.phases if after is not None else ()))
+        self.colour = {
+            name: PHASES[i % len(PHASES)]
+            for i, name in enumerate(dict.fromkeys(p.name for p in phases))
+        }
+        self.figure, self.axes = _axes(self.box)
+        self.labels = Labels(self.axes, INK, MUTED)
+
+    def draw(self) -> Any:
+        """Everything, from the back to the front; what comes first takes its place first."""
+        spans = self._roofs()
+        self._calibrated()
+        self._bytes_only()
+        self._marks()
+        self._legend()
+        self._roof_labels(spans)
+        self._measured()
+        self._callout()
+        self._mark_labels()
+        return self.figure
+
+    def _radius(self, seconds: float) -> float:
+        """Points, for an area that is the share of the seconds; never too small to see."""
+        return sqrt(max(LARGEST * seconds / self.bound.seconds, 20.0) / pi)
+
+    def _roofs(self) -> list[tuple[Roof, tuple[float, float]]]:
+        """Slopes up to the highest roof in use, flat roofs from their ridge on; out of reach: grey.
+
+        Returns what was drawn, and from where to where along x.
+        """
+        box, lines = self.box, self.lines
+        highest = max([r.rate for r in lines if r.flat and r.used]
+                      or [r.rate for r in lines if r.flat])  # fmt: skip
+        steepest = max([r.rate for r in lines if not r.flat and r.used]
+                       or [r.rate for r in lines if not r.flat])  # fmt: skip
+        spans: list[tuple[Roof, tuple[float, float]]] = []
+        for r in sorted(lines, key=lambda r: not r.used):
+            if r.flat:
+                xs = (max(r.rate / steepest, box.left), box.right)
+                ys = (r.rate, r.rate)
+            else:
+                xs = (max(box.left, box.bottom / r.rate), min(highest / r.rate, box.right))
+                ys = (xs[0] * r.rate, xs[1] * r.rate)
+            if ys[1] > box.top / 1.6 or xs[0] >= xs[1]:
+                continue
+            if r.used:
+                self._roof(xs, ys, True)
+            spans.append((r, xs))
+        corner = min(max(highest / steepest, box.left), box.right)
+        edge = [min(x * steepest, highest) for x in (box.left, corner, box.right)]
+        self.axes.fill_between(
+            [box.left, corner, box.right], edge, box.top, color=RULE, alpha=0.32, linewidth=0
+        )
+        return spans
+
+    def _calibrated(self) -> None:
+        """The same corner as it was measured to be reached, dashed."""
+        box = self.box
+        flat = next((r.rate for r in self.dashed if r.flat), None)
+        slope = next((r.rate for r in self.dashed if not r.flat), None)
+        spans: list[tuple[tuple[float, float], tuple[float, float]]] = []
+        corner = flat / slope if flat and slope else None
+        if slope:
+            xs = (max(box.left, box.bottom / slope), corner or min(box.top / slope, box.right))
+            spans.append((xs, (xs[0] * slope, xs[1] * slope)))
+        if flat:
+            spans.append(((corner or box.left, box.right), (flat, flat)))
+        for xs, ys in spans:
+            self.axes.plot(xs, ys, color=INK, linewidth=1.1, dashes=(4, 3), zorder=2.5, alpha=0.8)
+            self.labels.line(xs, ys)
+
+    def _mark(self, x: float, y: float, r: float, p: Point, shape: str, filled: bool) -> None:
+        group, name = (self.then, "after") if p in self.then else (self.now, "mark")
+        colour = self.colour[p.phase]
+        self.axes.plot(
+            [x], [y], marker=shape, markersize=2 * r, linestyle="none", clip_on=False,
+            markerfacecolor=colour if filled else "none",
+            markeredgecolor=PAPER if filled else colour,
+            markeredgewidth=0.8 if filled else 1.7, alpha=0.9 if filled else 1.0,
+            zorder=4 if filled else 4.5, gid=f"{name}-{group.index(p)}",
+        )  # fmt: skip
+
+    def _marks(self) -> None:
+        """Discs; with a technique, rings for what was before, and a line where a mark moved."""
+        for group, filled in ((self.now, self.after is None), (self.then, True)):
+            for p in sorted(group, key=lambda p: -p.seconds):
+                if p.flops:
+                    x, y = self.box.place(p)
+                    self._mark(x, y, self._radius(p.seconds), p, "o", filled)
+                    self.labels.disc(x, y, self._radius(p.seconds))
+        for p, q in self._pairs():
+            (x0, y0), (x1, y1) = self.box.place(p), self.box.place(q)
+            if p.flops and q.flops and abs(log10(x1 / x0)) + abs(log10(y1 / y0)) > 0.05:
+                self.axes.plot([x0, x1], [y0, y1], color=self.colour[p.phase], linewidth=1.0,
+                               zorder=3.5)  # fmt: skip
+
+    def _pairs(self) -> list[tuple[Point, Point]]:
+        """The same op class before and after."""
+        found = {(q.phase, q.op): q for q in self.then}
+        return [(p, found[p.phase, p.op]) for p in self.now if (p.phase, p.op) in found]
+
+    def _bytes_only(self) -> None:
+        """Op classes without arithmetic have no place on a logarithm: a row at the foot."""
+        pure = [p for p in self.now if not p.flops]
+        if not pure:
+            return
+        labels = self.labels
+        x, y = labels.frame.left + 8, labels.frame.bottom + 10
+        first = x
+        after = {(p.phase, p.op): q for p, q in self._pairs()}
+        labels.text(x, y - 3.5, "bytes only:", color=MUTED)
+        x += width("bytes only:") + 10
+        for p in pure:
+            dx, dy = labels.data(x, y)
+            self._mark(dx, dy, min(self._radius(p.seconds), 7.0), p, "s", self.after is None)
+            q = after.get((p.phase, p.op))
+            if q is not None:
+                self._mark(dx, dy, min(self._radius(q.seconds), 7.0), q, "s", True)
+            labels.text(x + 9, y - 3.5, words.op(p.op), color=self.colour[p.phase])
+            x += width(words.op(p.op)) + 26
+        labels.take(first, y - 9, x, y + 9)
+
+    def _legend(self) -> None:
+        """Upper left, where no run can be."""
+        labels = self.labels
+        left, top = labels.frame.left + 14, labels.frame.top - 16
+        rows: list[list[tuple[str, str, bool, str]]] = [
+            [("o", colour, True, name) for name, colour in self.colour.items()]
+        ]
+        if self.after is not None:
+            rows.append([("o", INK, False, "as it is"), ("o", INK, True, f"with {self.technique}")])
+        if any(p.measured_seconds for p in self.bound.phases):
+            rows.append([("D", INK, False, "measured, whole phase")])
+        if self.dashed:
+            rows.append([("--", INK, False, "roof as calibrated")])
+        rows.append([("", MUTED, False, "area: share of the seconds")])
+        widest = left
+        for i, row in enumerate(rows):
+            x, y = left, top - 17 * i
+            for shape, colour, filled, text in row:
+                if shape == "--":
+                    (x0, y0), (x1, _) = labels.data(x - 6, y), labels.data(x + 12, y)
+                    self.axes.plot([x0, x1], [y0, y0], color=colour, linewidth=1.1, dashes=(4, 3))
+                elif shape:
+                    dx, dy = labels.data(x, y)
+                    self.axes.plot([dx], [dy], marker=shape, markersize=8, linestyle="none",
+                                   markerfacecolor=colour if filled else "none",
+                                   markeredgecolor=colour, markeredgewidth=1.4)  # fmt: skip
+                start = x - 5 if not shape else x + (17 if shape == "--" else 10)
+                labels.text(start, y - 3.5, text, color=colour if shape == "o" else MUTED)
+                x = start + width(text) + 16
+                widest = max(widest, x)
+        labels.take(left - 10, top - 17 * len(rows) + 6, widest - 12, top + 10)
+
+    def _roof(self, xs: tuple[float, float], ys: tuple[float, float], used: bool) -> None:
+        self.axes.plot(
+            xs, ys, color=INK if used else MUTED, linewidth=1.8 if used else 0.8, zorder=2,
+            solid_capstyle="round",
+        )  # fmt: skip
+        self.labels.line(xs, ys)
+
+    def _roof_labels(self, spans: list[tuple[Roof, tuple[float, float]]]) -> None:
+        """Names and rates; a roof that is not in use is drawn only where its name has room."""
+        for r, xs in spans:
+            text = f"{r.name}\u2002{units.si(r.rate, 'FLOP/s' if r.flat else 'B/s')}"
+            ys = (r.rate, r.rate) if r.flat else (xs[0] * r.rate, xs[1] * r.rate)
+            label = self.labels.flat if r.flat else self.labels.slope
+            if label(text, xs, r.rate, r.used) and not r.used:
+                self._roof(xs, ys, False)
+
+    def _measured(self) -> None:
+        """A diamond for each phase that was really run: all its operations in those seconds."""
+        for i, phase in enumerate(self.bound.phases):
+            moved = sum(phase.bytes.values())
+            if phase.measured_seconds is None or not phase.flops or not moved:
+                continue
+            x, y = phase.flops / moved, phase.flops / phase.measured_seconds
+            self.axes.plot(
+                [x], [y], marker="D", markersize=7, markerfacecolor=PAPER, linestyle="none",
+                markeredgecolor=self.colour[phase.name], markeredgewidth=1.8, zorder=5,
+                gid=f"measured-{i}",
+            )  # fmt: skip
+            self.labels.disc(x, y, 6)
+
+    def _callout(self) -> None:
+        """A box with a line to the op class that the narrowest resource holds up most."""
+        narrow = self.bound.narrowest
+        mine = [p for p in self.now if p.narrowest == narrow] or self.now
+        worst = max(mine, key=lambda p: p.seconds)
+        part = units.percent(worst.seconds / self.bound.seconds)
+        rows = [
+            f"narrowest: {words.resource(narrow, self.machine)}",
+            f"{worst.phase}, {words.op(worst.op)}: {part} of all seconds",
+        ]
+        x, y = self.box.place(worst)
+        self.labels.callout(rows, x, y, self._radius(worst.seconds))
+
+    def _mark_labels(self) -> None:
+        for p in sorted(self.now, key=lambda p: -p.seconds):
+            if p.flops:
+                x, y = self.box.place(p)
+                self.labels.mark(
+                    words.op(p.op), x, y, self._radius(p.seconds), self.colour[p.phase],
+                    must=p.seconds >= 0.03 * self.bound.seconds,
+                )  # fmt: skip
+
+
+def _hints(bound: Bound, prefix: str) -> dict[str, str]:
+    """What a pointer over a mark reads, by the id of the mark."""
+    hints: dict[str, str] = {}
+    for i, p in enumerate(points(bound)):
+        intensity = "no arithmetic" if not p.flops else f"{units.figures(p.intensity)} FLOP/byte"
+        if p.intensity == inf:
+            intensity = "no bytes moved"
+        hints[f"{prefix}-{i}"] = (
+            f"{p.phase}, {words.op(p.op)}: {units.seconds(p.seconds)} "
+            f"({units.percent(p.seconds / bound.seconds)}), {intensity}, "
+            f"{units.si(p.speed, 'FLOP/s')}, held up by {words.resource(p.narrowest)}"
+        )
+    return hints
+
+
+def describe(machine: Machine, bound: Bound, after: Bound | None = None) -> str:
+    """The picture in a sentence or two, for those who do not see it."""
+    main = max(points(bound), key=lambda p: p.seconds)
+    text = (
+        f"Roofline of {bound.workload} on {bound.machine}. {len(points(bound))} op classes; the "
+        f"largest is {words.op(main.op)} in {main.phase} with "
+        f"{units.percent(main.seconds / bound.seconds)} of the seconds, held up by "
+        f"{words.resource(main.narrowest, machine)}."
+    )
+    if after is not None:
+        text += f" Filled marks: with the technique, {units.seconds(after.seconds)} in all."
+    return text
+
+
+def svg(
+    machine: Machine,
+    bound: Bound,
+    after: Bound | None = None,
+    technique: str = "",
+    *,
+    standalone: bool = False,
+) -> str:
+    """The picture as SVG text.
+
+    after: the bound with a technique, named in the legend. standalone: with its own colours, for
+    light and for dark pages; without, it takes those of the page it stands in.
+    """
+    try:
+        import matplotlib
+        from matplotlib.backends.backend_svg import FigureCanvasSVG
+    except ModuleNotFoundError as error:
+        raise NarrowsError(
+            "the roofline picture needs matplotlib: pip install 'narrows[report]'"
+        ) from error
+    chosen: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "narrows",
+        "font.family": "sans-serif",
+    }
+    with matplotlib.rc_context(chosen):
+        figure = Drawing(machine, bound, after, technique).draw()
+        buffer = io.StringIO()
+        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
+    for stand_in, variable in VARIABLES.items():
+        text = text.replace(stand_in, variable)
+    # Text is set in the page's font: ours only measured it.
+    text = re.sub(r"font: ([\d.]+)px '?[^;\"]*", r"font-size: \1px", text)
+    hints = {**_hints(bound, "mark"), **(_hints(after, "after") if after else {})}
+    for gid, hint in hints.items():
+        text = text.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(hint)}</title>', 1)
+    head = (
+        f'<svg class="roofline" role="img" viewBox="0 0 {WIDTH * 72:g} {HEIGHT * 72:g}" '
+        f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
+        f"<title>{escape(describe(machine, bound, after))}</title>"
+    )
+    colours = _colours() if standalone else ""
+    return f"{head}<style>{HALO}{colours}</style>{text[text.index('>') + 1 :]}"
+
+
+HALO = (
+    ".roofline text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
+)
+
+
+def _colours() -> str:
+    """The colours of a picture that stands alone, for light and for dark."""
+
+    def block(colours: Mapping[str, str]) -> str:
+        return "".join(f"--{name}:{value};" for name, value in colours.items())
+
+    font = "font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',sans-serif"
+    dark = f"@media (prefers-color-scheme:dark){{.roofline{{{block(DARK)}}}}}"
+    return f".roofline{{{block(LIGHT)}{font}}}{dark}"
+
+
+def phase_colours(phases: Sequence[PhaseBound]) -> dict[str, str]:
+    """The page's colour of each phase, as in the picture."""
+    return {p.name: f"var(--phase-{i % len(PHASES) + 1})" for i, p in enumerate(phases)}

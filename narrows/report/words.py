@@ -1,0 +1,180 @@
+"""The sentences that the terminal and the HTML file share."""
+
+from __future__ import annotations
+
+import re
+
+from narrows.core.bound import Bound, PhaseBound
+from narrows.core.machine import Machine
+from narrows.core.price import DISPATCH
+from narrows.report import units
+from narrows.report.model import Interval, Option, Proof, Quality, Report
+
+MEMORIES = ("hbm", "gddr", "dram", "ddr", "sram", "memory", "flash")
+
+
+def op(kind: str) -> str:
+    """An op class as people say it: attention_decode is attention."""
+    return re.sub(r"^attention_\w+$", "attention", kind).replace("_", "-")
+
+
+def resource(name: str, machine: Machine | None = None) -> str:
+    """A resource with the kind of narrow point it is: `memory bandwidth (hbm)`."""
+    if name.startswith("compute."):
+        return f"compute ({name.removeprefix('compute.')})"
+    if name == DISPATCH:
+        return "dispatch (the fixed cost of calls)"
+    if machine is not None and name in machine.links:
+        return f"link ({name})"
+    if re.fullmatch(r"l\d\w*", name) or (machine is not None and name in machine.caches):
+        return f"cache bandwidth ({name})"
+    if any(name.startswith(memory) for memory in MEMORIES):
+        return f"memory bandwidth ({name})"
+    return name
+
+
+def short(name: str) -> str:
+    """A resource in one word or two, for tables."""
+    return name.removeprefix("compute.")
+
+
+def share(bound: Bound, name: str) -> float:
+    """Fraction of all seconds in which a resource is the narrowest."""
+    spent = sum(p.seconds * p.share.get(name, 0.0) for p in bound.phases)
+    return spent / bound.seconds if bound.seconds else 0.0
+
+
+def error(bound: Bound) -> float | None:
+    """The largest p90 error of the phases, None where nothing was calibrated."""
+    known = [p.error for p in bound.phases if p.error is not None]
+    return max(known) if known else None
+
+
+def measured(bound: Bound) -> float | None:
+    """Measured seconds of the whole request, None unless every phase was measured."""
+    known = [p.measured_seconds for p in bound.phases]
+    return None if None in known else sum(s for s in known if s is not None)
+
+
+def distance(bound: Bound) -> float:
+    """How many times longer than its limit the request takes, measured where it was."""
+    taken = measured(bound) or bound.seconds
+    return taken / bound.limit_seconds if bound.limit_seconds else float("inf")
+
+
+def trust(bound: Bound) -> str:
+    """The error of every figure of a bound, as a clause."""
+    worst = error(bound)
+    if worst is None:
+        return bound.trust
+    return f"p90 error {units.percent(worst)} on rows the calibration was not fitted on"
+
+
+def limits(bound: Bound, machine: Machine | None = None) -> str:
+    """What limits the request, and for how much of it."""
+    name = bound.narrowest
+    told = resource(name, machine)
+    return (
+        f"{told[0].upper()}{told[1:]} is the narrowest point: it sets "
+        f"{units.percent(share(bound, name))} of the {units.seconds(bound.seconds)} "
+        f"that {bound.workload} takes on {bound.machine}."
+    )
+
+
+def headroom(bound: Bound) -> str:
+    """How far the physical limit is, and how far this can be believed."""
+    taken = measured(bound)
+    what = "Measured" if taken is not None else "Predicted"
+    return (
+        f"{what}, it takes {units.times(distance(bound))} the physical limit of "
+        f"{units.seconds(bound.limit_seconds)} ({trust(bound)})."
+    )
+
+
+def fits(bound: Bound) -> str:
+    """Whether it fits the memories, and which is fullest."""
+    tightest = fullest(bound)
+    if bound.fits is None or tightest is None:
+        return "Whether it fits is not known: a capacity is missing."
+    phase, name, fraction = tightest
+    if bound.fits:
+        return f"It fits: {name} is {units.percent(fraction)} full in {phase.name}."
+    return f"It does not fit: {name} would need {units.times(fraction)} of what it has."
+
+
+def fullest(bound: Bound) -> tuple[PhaseBound, str, float] | None:
+    """The memory that is fullest at the worst moment: phase, name, fraction of it."""
+    known = [
+        (phase, level.resource, level.need / level.have)
+        for phase in bound.phases
+        for level in phase.levels
+        if level.have
+    ]
+    return max(known, key=lambda row: row[2]) if known else None
+
+
+def best(options: tuple[Option, ...] | list[Option]) -> Option | None:
+    """The technique with the largest predicted gain, None where none gains 1 % or more."""
+    helping = [o for o in options if o.gain >= 1.01]
+    return max(helping, key=lambda o: o.gain) if helping else None
+
+
+def name(option: Option | Proof) -> str:
+    """A technique with its settings, as `--with` takes it."""
+    return f"{option.key}:{option.settings}" if option.settings else option.key
+
+
+def widens(report: Report) -> str:
+    """What would help most, predicted."""
+    if not report.options:
+        return ""
+    top = best(list(report.options))
+    if top is None:
+        count = len(report.options)
+        asked = "The technique asked does" if count == 1 else f"None of {count} techniques asked"
+        return f"{asked} not help here." if count == 1 else f"{asked} helps here."
+    return (
+        f"{name(top)} would widen it: the request {units.times(top.gain)} as fast, "
+        f"{units.seconds(top.seconds)} (predicted)."
+    )
+
+
+def proves(proof: Proof) -> str:
+    """What was measured, beside what was predicted."""
+    gain = proof.measured_gain
+    held = units.span(gain.low, gain.high)
+    if not proof.conclusive:
+        return (
+            f"Inconclusive: {name(proof)} measured {units.times(gain.value)} in {proof.phase}, "
+            f"95 % interval {held}, which holds 1; predicted {units.times(proof.predicted_gain)}."
+        )
+    above = "too high" if proof.error > 0 else "too low"
+    return (
+        f"Measured, {proof.phase} is {units.times(gain.value)} as fast with {name(proof)}, "
+        f"95 % interval {held}; {units.times(proof.predicted_gain)} was predicted, "
+        f"{units.percent(abs(proof.error))} {above}."
+    )
+
+
+def value(row: Quality, figure: Interval | float) -> str:
+    """A figure of quality in its unit."""
+    plain = figure.value if isinstance(figure, Interval) else figure
+    return f"{plain * 100:.1f} %" if row.unit == "fraction" else units.figures(plain, 4)
+
+
+def interval(row: Quality, figure: Interval) -> str:
+    """A figure of quality with its interval."""
+    if row.unit == "fraction":
+        return f"{figure.value * 100:.1f} % [{figure.low * 100:.1f}, {figure.high * 100:.1f}]"
+    low, high = units.figures(figure.low, 4), units.figures(figure.high, 4)
+    return f"{value(row, figure)} [{low}, {high}]"
+
+
+def costs(proof: Proof) -> str:
+    """What quality it cost, the first figure of it."""
+    if not proof.quality:
+        return "Its quality was not measured."
+    row = proof.quality[0]
+    return f"{row.name[0].upper()}{row.name[1:]}: {value(row, row.dense)} before, " + (
+        f"{value(row, row.technique)} with it."
+    )
