@@ -40,14 +40,14 @@ class Error:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """At most three fitted constants for one op class on one machine.
-
-    seconds = max(flops / (compute * peak), bytes / (memory * bandwidth)) + fixed
+    """At most three fitted constants for one op class on one machine; law.py says how they act.
 
     compute, memory: fractions of the datasheet rate really reached, in (0, 1].
     fixed: seconds of launch, dispatch or start-up a call, >= 0.
-    tile: (rows, columns) of the output block one processing unit makes at a time, 0 when tiles
-    are not modelled. Tiles and units are facts of the kernel and the chip, not fitted constants.
+    step: seconds of every pass over a block of attention, or of every hop of a collective, >= 0;
+    fitted in the place of a constant that does not act there.
+    tiles: (rows, columns) of the output blocks a processing unit can make at a time; empty where
+    tiles are not modelled. Tiles and units are facts of kernel and chip, not fitted constants.
     n: rows fitted on. error: on rows that were not fitted on, None when there were none.
     """
 
@@ -55,11 +55,12 @@ class Calibration:
     compute: float = 1.0
     memory: float = 1.0
     fixed: float = 0.0
-    tile: tuple[int, int] = (0, 0)
+    tiles: tuple[tuple[int, int], ...] = ()
     n: int = 0
     source: str = ""
     era: str = ""
     error: Error | None = None
+    step: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("compute", "memory"):
@@ -71,3 +72,7 @@ class Calibration:
                 )
         if not (isfinite(self.fixed) and self.fixed >= 0):
             raise NarrowsError(f"calibration of {self.op!r}: fixed must be >= 0 seconds")
+        if not (isfinite(self.step) and self.step >= 0):
+            raise NarrowsError(f"calibration of {self.op!r}: step must be >= 0 seconds")
+        if any(rows < 1 or columns < 1 for rows, columns in self.tiles):
+            raise NarrowsError(f"calibration of {self.op!r}: tiles have a row and a column")

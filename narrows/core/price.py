@@ -4,8 +4,9 @@ The law (Williams, Waterman and Patterson 2009, "Roofline", extended by a fixed 
 
     seconds = max(flops / (c * peak), bytes / (m * bandwidth) of each level) + fixed
 
-with c, m and fixed the calibration of the op class (1, 1 and 0 without one). The limit is the
-same maximum at the machine's own rates with nothing fixed: no run can be faster.
+with c, m and fixed the calibration of the op class (1, 1 and 0 without one); law.py refines it
+where a calibration knows the tiles of the kernel. The limit is the same maximum at the machine's
+own rates with nothing fixed: no run can be faster.
 
 On a machine with caches the bytes of an op are shared out over them and the main memory; their
 seconds add up, and kernels that pack their operands first add them to the arithmetic instead of
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from narrows.core import caches
+from narrows.core import caches, law
 from narrows.core.calibration import Calibration
 from narrows.core.errors import NarrowsError
 from narrows.core.machine import Machine
@@ -92,22 +93,6 @@ class PhasePrice:
         }
 
 
-def tile_waste(op: Op, calibration: Calibration, units: int) -> Number:
-    """Factor by which whole tiles and whole waves of them exceed the work asked for, >= 1.
-
-    A product of (m, k) by (k, n) is made of ceil(m/rows) * ceil(n/columns) tiles; `units`
-    of them run at once, and the last wave takes as long as a full one.
-    """
-    rows, columns = calibration.tile
-    if not rows or not columns or "m" not in op.shape or "n" not in op.shape:
-        return 1.0
-    m, n = op.shape["m"], op.shape["n"]
-    tiles = np.ceil(m / rows) * np.ceil(n / columns) * op.shape.get("batch", 1)
-    if units:
-        tiles = np.ceil(tiles / units) * units
-    return np.maximum(tiles * rows * columns / (m * n * op.shape.get("batch", 1)), 1.0)
-
-
 def _message(workload: Workload, op: Op, machine: Machine) -> tuple[str, Number, float]:
     """Link, bytes a rank sends over it, and latency of a collective."""
     name = machine.tiers.get("peers")
@@ -120,20 +105,38 @@ def _message(workload: Workload, op: Op, machine: Machine) -> tuple[str, Number,
     return name, size * TRAFFIC[op.kind](op.shape.get("peers", 2)), machine.links[name].latency
 
 
-def calibration_of(op: Op, machine: Machine) -> Calibration | None:
-    """The calibration of an op's class: the most special one the machine has.
+FUNCTIONS = (
+    "gelu_backward", "silu_backward", "gelu", "silu", "tanh", "sigmoid", "exp", "log", "erf",
+    "cos", "sin", "softplus", "mish", "elu",
+)  # fmt: skip
+"""Pointwise ops that evaluate a transcendental function of every element: counted as one
+operation like any other, they take many. Told by how the last part of an op's name begins."""
 
-    Classes are told apart by kind, then by precision, then by whether a product has a vector on
-    one side, because libraries run another kernel for each: `matmul.fp32.vector`, `matmul.fp32`,
-    `matmul`.
+
+def class_of(op: Op) -> tuple[str, ...]:
+    """Names of an op's class, the most special first.
+
+    Classes are told apart by kind, then by precision, then by what makes a library run another
+    kernel: a product with a vector, a transcendental function. So `matmul.fp32.vector`,
+    `matmul.fp32`, `matmul`.
     """
-    if not machine.calibrations:
-        return None
     special = f"{op.kind}.{op.precision}"
-    names = [special, op.kind]
-    if "m" in op.shape and np.all(np.asarray(op.shape["m"]) <= 1):
-        names = [f"{special}.vector", *names]
-    return next((machine.calibrations[n] for n in names if n in machine.calibrations), None)
+    if op.kind == "matmul" and "m" in op.shape and np.all(np.asarray(op.shape["m"]) <= 1):
+        return f"{special}.vector", special, op.kind
+    if op.kind == "pointwise":
+        name = op.name.rsplit(".", 1)[-1]
+        function = next((f for f in FUNCTIONS if name.startswith(f)), None)
+        if function is not None:
+            return f"{special}.{function}", f"{special}.function", special, op.kind
+    return special, op.kind
+
+
+def calibration_of(op: Op, machine: Machine) -> Calibration | None:
+    """The calibration of an op's class: the most special one the machine has."""
+    known = machine.calibrations
+    if not known:
+        return None
+    return next((known[name] for name in class_of(op) if name in known), None)
 
 
 def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePrice:
@@ -167,35 +170,44 @@ def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePric
     known: set[str] = set()
     for i, op in enumerate(ops):
         calibration = calibrations[i] or IDEAL
-        fixed: Number = calibration.fixed
+        latency = 0.0
         if local[i] is None:
-            link, sent, latency = _message(workload, op, machine)
+            link, sent, delay = _message(workload, op, machine)
             levels[i] = {link: sent}
-            if calibrations[i] is None:
-                fixed = latency
-        if np.any(np.asarray(flops[i]) > 0):
-            unit = machine.compute(op.precision)
+            latency = delay if calibrations[i] is None else 0.0
+        least: Number = 0.0
+        unit = machine.compute(op.precision) if np.any(np.asarray(flops[i]) > 0) else None
+        if unit is not None:
             least = flops[i] / unit.capacity
             limit[i] = np.maximum(limit[i], least)
-            taken = least * (tile_waste(op, calibration, machine.units) / calibration.compute)
-            slowest[i] = np.maximum(slowest[i], taken)
-            charge(terms, unit.name, i, taken)
         passed: Number = 0.0
+        slowest_level: Number = 0.0
+        rate = machine.bandwidth(machine.memory)
         for level, b in levels[i].items():
-            least = b / machine.bandwidth(level)
-            limit[i] = np.maximum(limit[i], least)
+            needed = b / machine.bandwidth(level)
+            limit[i] = np.maximum(limit[i], needed)
             charge(all_bytes, level, i, b)
-            charge(terms, level, i, least / calibration.memory)
             if level in along:
-                passed = passed + least / calibration.memory
+                passed = passed + needed
             else:
-                slowest[i] = np.maximum(slowest[i], least / calibration.memory)
+                slowest_level = np.maximum(slowest_level, needed)
         staged = along and op.kind in caches.STAGED
-        slowest[i] = slowest[i] + passed if staged else np.maximum(slowest[i], passed)
-        fixed = fixed + caches.wake_seconds(workload, op, machine)
-        if np.any(np.asarray(fixed) > 0):
-            charge(terms, DISPATCH, i, fixed)
-            slowest[i] = slowest[i] + fixed
+        hidden = slowest_level if staged else np.maximum(slowest_level, passed)
+        ran = law.run(op.kind, least, hidden, op.shape, calibration, machine.units, flops[i], rate)
+        if unit is not None:
+            charge(terms, unit.name, i, ran.compute)
+        plain = hidden / calibration.memory
+        stretch = np.divide(ran.memory, plain, out=np.ones(shape), where=plain > 0)
+        for level, b in levels[i].items():
+            needed = b / machine.bandwidth(level) / calibration.memory
+            charge(terms, level, i, needed * stretch)
+        slowest[i] = ran.seconds + (passed / calibration.memory if staged else 0.0)
+        fixed: Number = ran.fixed + latency
+        slowest[i] = slowest[i] + latency
+        woken = caches.wake_seconds(workload, op, machine)
+        slowest[i] = slowest[i] + woken
+        if np.any(np.asarray(fixed + woken) > 0):
+            charge(terms, DISPATCH, i, fixed + woken)
         faults = caches.fault_seconds(workload, op, machine, known)
         if np.any(np.asarray(faults) > 0):
             charge(terms, caches.FAULTS, i, faults)

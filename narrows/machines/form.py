@@ -17,6 +17,7 @@ import msgspec
 from narrows.core.calibration import Calibration, Error
 from narrows.core.errors import NarrowsError, unknown
 from narrows.core.machine import Machine
+from narrows.core.price import FUNCTIONS
 from narrows.core.resource import Kind, Link, Resource
 from narrows.core.tensor import BITS
 from narrows.core.workload import KINDS
@@ -78,7 +79,8 @@ class _Calibration(msgspec.Struct, forbid_unknown_fields=True):
     compute: float = 1.0
     memory: float = 1.0
     fixed: float = 0.0
-    tile: tuple[int, int] = (0, 0)
+    step: float = 0.0
+    tiles: list[tuple[int, int]] = []
     n: int = 0
     source: str = ""
     era: str = ""
@@ -238,16 +240,19 @@ def _calibrations(doc: _Machine, where: str) -> dict[str, Calibration]:
     found: dict[str, Calibration] = {}
     for op, entry in doc.calibrations.items():
         at = _join("calibrations", op)
-        kind, _, special = op.partition(".")  # `matmul`, `matmul.bf16`, `matmul.bf16.vector`
+        kind, *special = op.split(".")  # `matmul`, `matmul.bf16`, `matmul.bf16.vector`
         _one_of(kind, KINDS, "op class", where, at)
         if special:
-            _one_of(special.removesuffix(".vector"), PRECISIONS, "precision", where, at)
+            _one_of(special[0], PRECISIONS, "precision", where, at)
+        if len(special) > 1:
+            _one_of(".".join(special[1:]), ("vector", "function", *FUNCTIONS), "kernel", where, at)
         part = _convert(entry, _Calibration, where, at)
-        for side in part.tile:
-            _whole(side, 0, 65_536, where, f"{at}.tile")
+        for side in (side for tile in part.tiles for side in tile):
+            _whole(side, 1, 65_536, where, f"{at}.tiles")
         _whole(part.n, 0, 10**12, where, f"{at}.n")
-        if not 0 <= part.fixed <= 1e4:
-            _refuse(where, f"{at}.fixed", f"must be 0 to 10000 seconds, not {part.fixed!r}")
+        for name, seconds in (("fixed", part.fixed), ("step", part.step)):
+            if not 0 <= seconds <= 1e4:
+                _refuse(where, f"{at}.{name}", f"must be 0 to 10000 seconds, not {seconds!r}")
         error = None
         if part.error is not None:
             for side in ("median", "mean", "p90"):
@@ -257,8 +262,8 @@ def _calibrations(doc: _Machine, where: str) -> dict[str, Calibration]:
             error = Error(part.error.median, part.error.mean, part.error.p90, part.error.n)
         try:
             found[op] = Calibration(
-                op, part.compute, part.memory, part.fixed, part.tile, part.n,
-                part.source, part.era, error,
+                op, part.compute, part.memory, part.fixed, tuple(part.tiles), part.n,
+                part.source, part.era, error, part.step,
             )  # fmt: skip
         except NarrowsError as refused:
             _refuse(where, at, str(refused))

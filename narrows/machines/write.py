@@ -57,10 +57,11 @@ def _emit(machine: Machine) -> str:
             topology=_text(link.topology), source=_text(link.source),
         ))  # fmt: skip
     for op, c in m.calibrations.items():
+        tiles = ", ".join(f"[{int(rows)}, {int(columns)}]" for rows, columns in c.tiles)
         tables.append(_table(
             f"calibrations.{_quoted(op)}", compute=_figure(c.compute), memory=_figure(c.memory),
-            fixed=_figure(c.fixed),
-            tile=f"[{int(c.tile[0])}, {int(c.tile[1])}]" if any(c.tile) else None,
+            fixed=_figure(c.fixed), step=_figure(c.step) if c.step else None,
+            tiles=f"[{tiles}]" if c.tiles else None,
             n=str(int(c.n)), source=_text(c.source), era=_text(c.era),
         ))  # fmt: skip
         if c.error is not None:

@@ -59,7 +59,7 @@ KEYS = st.one_of(
     st.text(max_size=12),
     st.sampled_from([
         "name", "kind", "tiers", "rates", "levels", "links", "calibrations", "capacity", "unit",
-        "compute.bf16", "hbm", "device", "power", "caches", "error", "tile", "pricer",
+        "compute.bf16", "hbm", "device", "power", "caches", "error", "tiles", "pricer",
     ]),
 )  # fmt: skip
 TREES = st.recursive(
@@ -162,7 +162,7 @@ def test_every_single_spoilt_number_is_refused() -> None:
     document = copy.deepcopy(MODELS["h100-sxm"])
     document["calibrations"] = {
         "matmul": {
-            "compute": 0.7, "memory": 0.8, "fixed": 8e-6, "tile": [128, 128], "n": 10,
+            "compute": 0.7, "memory": 0.8, "fixed": 8e-6, "tiles": [[128, 128]], "n": 10,
             "source": "s", "era": "e",
             "error": {"median": 0.1, "mean": 0.1, "p90": 0.2, "n": 5},
         }

@@ -1,0 +1,197 @@
+"""Seconds of one kernel from its arithmetic, its bytes and its shape: the one calibrated law.
+
+    plain   max(flops / (compute * peak), bytes / (memory * bandwidth)) + fixed
+    tiled   for op classes whose calibration lists `tiles`, by the rules below
+
+Tiles, waves, splits and the order of the blends are structure: facts of how such kernels are
+built, the same for every machine. Only the constants of the calibration are fitted.
+
+Products (`matmul`). A product of (m, k) by (k, n) is cut into output tiles, one processing unit
+works on one at a time, and the last wave of tiles takes as long as a full one. Of the listed
+tiles, and of 1, 2, 4 or 8 parts of k, the quickest is taken, as libraries do. A small tile reads
+more for every operation, so it runs slower (HALF_PACE). Arithmetic and memory overlap only
+partly, and `compute` is what the whole chip sustains (power, clocks) however full the waves are.
+(Tiles, waves, splits: NVIDIA, "Matrix Multiplication Background User's Guide", and CUTLASS,
+"Efficient GEMM".)
+
+Attention over many queries (`attention_prefill`). The kernel walks whole tiles, those the mask
+hides included, and each block of queries costs a `step` beside its keys. Kernels that skip what
+the mask hides are the plain law.
+
+Attention of single queries (`attention_decode`). One block a group of heads that share keys; two
+blocks fit on a unit; too few blocks are split along the keys, and the parts are joined
+(flash-decoding: Dao, Haziza, Massa and Sizov 2023).
+
+Collectives. A ring runs through 1 to 2(p-1) hops, each of which costs a `step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from narrows.core.calibration import Calibration
+from narrows.core.tensor import Number
+
+GEMM_TILES = ((256, 128), (128, 256), (128, 128), (128, 64), (64, 128), (64, 64))
+"""Output tiles of the tensor-core products in cuBLAS and CUTLASS (rows, columns)."""
+
+FLASH_TILES = ((64, 64), (64, 128), (128, 64), (128, 128))
+"""Query and key tiles of FlashAttention-2 (Dao 2023); one kernel has one of them."""
+
+DECODE_TILES = ((1, 128),)
+"""Keys a block takes at a time in FlashAttention-2's kernel for single queries."""
+
+HALF_PACE = 32.0
+"""Operations a byte (rows * columns / (rows + columns)) at which a tile runs at half pace."""
+
+SPLITS = (1, 2, 4, 8)
+"""Parts of k that are summed apart when there are too few tiles for all units."""
+
+SHORTEST_PART = 128
+"""No part of k is shorter."""
+
+OVERLAP, SUSTAIN = 3.0, 4.0
+"""Orders of the smooth maxima of arithmetic with memory, and of waves with `compute`."""
+
+FILLED = 0.8
+"""Below this share of busy units a kernel for single queries splits the keys."""
+
+RESIDENT = 2
+"""Blocks of the kernel for single queries that share one unit."""
+
+REACH = 1.25
+"""Times its fair share of the memory rate that one unit can draw."""
+
+JOIN = 3.0
+"""Steps that joining split keys costs."""
+
+STRICT = 8.0
+"""Order of the smooth maximum of the last wave with the memory rate."""
+
+HOPS: Mapping[str, Callable[[Number], Number]] = {
+    "all_reduce": lambda p: 2 * (p - 1),
+    "all_gather": lambda p: p - 1,
+    "reduce_scatter": lambda p: p - 1,
+    "all_to_all": lambda p: p - 1,
+    "send_recv": lambda p: 1.0,
+}
+"""Messages that follow each other in a collective over p ranks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run of an op: calibrated seconds of its arithmetic, of its bytes, of the dispatch, all.
+
+    `seconds` is at least each of the parts.
+    """
+
+    compute: Number
+    memory: Number
+    fixed: Number
+    seconds: Number
+
+
+def _blend(a: Number, b: Number, order: float) -> Number:
+    """A smooth maximum: at least the larger, at most their sum."""
+    high, low = np.maximum(a, b), np.minimum(a, b)
+    ratio = np.divide(low, high, out=np.zeros_like(high + low), where=np.asarray(high) > 0)
+    return high * (1.0 + ratio**order) ** (1.0 / order)
+
+
+def run(
+    kind: str, least_compute: Number, least_memory: Number, shape: Mapping[str, Number],
+    calibration: Calibration, units: int, work: Number | None = None, rate: float = 0.0,
+) -> Run:  # fmt: skip
+    """One run of an op class; all figures broadcast.
+
+    least_compute, least_memory: seconds at the machine's own rates. shape: m, n, k and batch of
+    the op (see `Op`). units: processing units of the machine. work: flops behind least_compute.
+    rate: bytes a second behind least_memory, for what splitting adds.
+    """
+    c = calibration
+    fixed: Number = c.fixed
+    if kind in HOPS:
+        fixed = fixed + c.step * HOPS[kind](shape.get("peers", 2))
+    elif c.tiles and units > 0 and {"m", "n", "k"} <= shape.keys():
+        if kind == "matmul":
+            return _product(least_compute, least_memory, shape, c, units, rate)
+        if kind == "attention_prefill":
+            return _prefill(least_compute, least_memory, shape, c, units, work)
+        if kind == "attention_decode":
+            return _decode(least_compute, least_memory, shape, c, units)
+    compute, memory = least_compute / c.compute, least_memory / c.memory
+    return Run(compute, memory, fixed, np.maximum(compute, memory) + fixed)
+
+
+def _stack(values: tuple[float, ...], like: np.ndarray) -> np.ndarray:
+    """Choices along a new leading axis, over the cases of `like`."""
+    return np.array(values, float).reshape(-1, *([1] * like.ndim))
+
+
+def _product(
+    least_compute: Number, least_memory: Number, shape: Mapping[str, Number], c: Calibration,
+    units: int, rate: float,
+) -> Run:  # fmt: skip
+    m, n, k = (np.asarray(shape[s], float) for s in ("m", "n", "k"))
+    batch = np.asarray(shape.get("batch", 1.0), float)
+    cases = m + n + k + batch + least_compute + least_memory
+    rows, columns, parts = (
+        _stack(v, cases) for v in zip(*((r, s, p) for r, s in c.tiles for p in SPLITS), strict=True)
+    )
+    reuse = rows * columns / (rows + columns)
+    pace = reuse / (reuse + HALF_PACE)
+    pace = pace / pace.max()
+    depth = np.ceil(k / parts)
+    waves = np.ceil(np.ceil(m / rows) * np.ceil(n / columns) * parts * batch / units)
+    share = waves * units * rows * columns * depth / (m * n * k * batch)
+    tiled = least_compute * np.maximum(share, 1.0) / pace
+    memory = least_memory / c.memory
+    taken = _blend(tiled, memory, OVERLAP)
+    if rate:  # parts are kept in fp32, written and read once, at twice the rate of the memory
+        taken = taken + np.where(parts > 1, parts * m * n * batch * 4 / rate, 0.0)
+    taken = np.where((parts > 1) & (depth < SHORTEST_PART), np.inf, taken)
+    best = np.argmin(taken, axis=0)[None]
+    quickest = np.take_along_axis(taken, best, axis=0)[0]
+    waiting = np.take_along_axis(np.broadcast_to(tiled, taken.shape), best, axis=0)[0]
+    sustained = least_compute / c.compute
+    compute = _blend(waiting, sustained, SUSTAIN)
+    return Run(compute, memory, c.fixed, _blend(quickest, sustained, SUSTAIN) + c.fixed)
+
+
+def _prefill(
+    least_compute: Number, least_memory: Number, shape: Mapping[str, Number], c: Calibration,
+    units: int, work: Number | None,
+) -> Run:  # fmt: skip
+    rows, columns = c.tiles[0]
+    m, n, k = (np.asarray(shape[s], float) for s in ("m", "n", "k"))
+    blocks = np.ceil(m / rows) * np.asarray(shape.get("batch", 1.0), float)
+    square = 4.0 * blocks * rows * np.ceil(n / columns) * columns * k
+    ratio: Number = 1.0
+    if work is not None:  # a mask at most doubles what a causal kernel walks, windows are skipped
+        whole = np.maximum(square, work)
+        padded = square / (4.0 * np.asarray(shape.get("batch", 1.0), float) * m * n * k)
+        ratio = np.minimum(whole, 2.0 * np.maximum(padded, 1.0) * work) / work
+    compute = least_compute * ratio / c.compute + c.step * blocks / units
+    memory = least_memory / c.memory
+    return Run(compute, memory, c.fixed, np.maximum(compute, memory) + c.fixed)
+
+
+def _decode(
+    least_compute: Number, least_memory: Number, shape: Mapping[str, Number], c: Calibration,
+    units: int,
+) -> Run:  # fmt: skip
+    groups = np.asarray(shape.get("groups", shape.get("batch", 1.0)), float)
+    split = groups < FILLED * units
+    blocks = np.where(split, units, groups)
+    full = np.floor(blocks / (RESIDENT * units)) * RESIDENT * units
+    last = blocks - full
+    alone = np.ceil(last / units) * units / blocks * least_memory / REACH
+    drawn = last / blocks * least_memory / c.memory
+    waves = full / blocks * least_memory / c.memory + _blend(alone, drawn, STRICT)
+    passes = np.ceil(blocks / units) + JOIN * split
+    memory = np.maximum(waves, least_memory / c.memory) + c.step * passes
+    compute = least_compute / c.compute
+    return Run(compute, memory, c.fixed, np.maximum(compute, memory) + c.fixed)
