@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from math import ceil, floor, inf, log10, pi, sqrt
 from typing import TYPE_CHECKING, Any
 
-from narrows.core.bound import Bound, PhaseBound
+from narrows.core.bound import Bound
 from narrows.core.errors import NarrowsError
 from narrows.core.machine import Machine
 from narrows.report import units, words
@@ -382,8 +382,8 @@ def svg(
         f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
         f"<title>{escape(describe(machine, bound, after))}</title>"
     )
-    colours = _colours() if standalone else ""
-    return f"{head}<style>{HALO}{colours}</style>{text[text.index('>') + 1 :]}"
+    own = colours(".roofline") + FONT if standalone else ""
+    return f"{head}<style>{HALO}{own}</style>{text[text.index('>') + 1 :]}"
 
 
 HALO = (
@@ -391,17 +391,16 @@ HALO = (
 )
 
 
-def _colours() -> str:
-    """The colours of a picture that stands alone, for light and for dark."""
+def colours(selector: str) -> str:
+    """CSS that gives the pictures their colours, for light and for dark."""
 
-    def block(colours: Mapping[str, str]) -> str:
-        return "".join(f"--{name}:{value};" for name, value in colours.items())
+    def block(chosen: Mapping[str, str]) -> str:
+        return "".join(f"--{name}:{value};" for name, value in chosen.items())
 
-    font = "font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',sans-serif"
-    dark = f"@media (prefers-color-scheme:dark){{.roofline{{{block(DARK)}}}}}"
-    return f".roofline{{{block(LIGHT)}{font}}}{dark}"
+    dark = f"@media (prefers-color-scheme:dark){{{selector}{{{block(DARK)}}}}}"
+    return f"{selector}{{{block(LIGHT)}}}{dark}"
 
 
-def phase_colours(phases: Sequence[PhaseBound]) -> dict[str, str]:
-    """The page's colour of each phase, as in the picture."""
-    return {p.name: f"var(--phase-{i % len(PHASES) + 1})" for i, p in enumerate(phases)}
+FONT = (
+    ".roofline{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',sans-serif}"
+)

@@ -18,6 +18,11 @@ def op(kind: str) -> str:
     return re.sub(r"^attention_\w+$", "attention", kind).replace("_", "-")
 
 
+def op_class(kind: str) -> str:
+    """An op class where no phase stands beside it: attention (decode)."""
+    return re.sub(r"^attention_(\w+)$", r"attention (\1)", kind).replace("_", "-")
+
+
 def resource(name: str, machine: Machine | None = None) -> str:
     """A resource with the kind of narrow point it is: `memory bandwidth (hbm)`."""
     if name.startswith("compute."):
@@ -31,6 +36,12 @@ def resource(name: str, machine: Machine | None = None) -> str:
     if any(name.startswith(memory) for memory in MEMORIES):
         return f"memory bandwidth ({name})"
     return name
+
+
+def group(kind: str) -> str:
+    """The heading of a colour: what sort of resource it stands for."""
+    return {"compute": "compute", "memory": "memory bandwidth", "dispatch": "dispatch",
+            "link": "link"}[kind]  # fmt: skip
 
 
 def short(name: str) -> str:
@@ -84,11 +95,19 @@ def limits(bound: Bound, machine: Machine | None = None) -> str:
 def headroom(bound: Bound) -> str:
     """How far the physical limit is, and how far this can be believed."""
     taken = measured(bound)
-    what = "Measured" if taken is not None else "Predicted"
+    away = f"{units.times(distance(bound))} the physical limit of "
+    away += units.seconds(bound.limit_seconds)
+    if taken is None:
+        return f"Predicted, it takes {away} ({trust(bound)})."
     return (
-        f"{what}, it takes {units.times(distance(bound))} the physical limit of "
-        f"{units.seconds(bound.limit_seconds)} ({trust(bound)})."
+        f"Measured, it takes {units.seconds(taken)}, {away}; the prediction is "
+        f"{missed(bound.seconds / taken - 1)} ({trust(bound)})."
     )
+
+
+def missed(error: float) -> str:
+    """A signed error as people say it: 12 % too high."""
+    return f"{units.percent(abs(error))} too {'high' if error > 0 else 'low'}"
 
 
 def fits(bound: Bound) -> str:
@@ -131,8 +150,9 @@ def widens(report: Report) -> str:
     top = best(list(report.options))
     if top is None:
         count = len(report.options)
-        asked = "The technique asked does" if count == 1 else f"None of {count} techniques asked"
-        return f"{asked} not help here." if count == 1 else f"{asked} helps here."
+        if count == 1:
+            return f"{name(report.options[0])} does not help here."
+        return f"None of the {count} techniques asked helps here."
     return (
         f"{name(top)} would widen it: the request {units.times(top.gain)} as fast, "
         f"{units.seconds(top.seconds)} (predicted)."
@@ -148,11 +168,10 @@ def proves(proof: Proof) -> str:
             f"Inconclusive: {name(proof)} measured {units.times(gain.value)} in {proof.phase}, "
             f"95 % interval {held}, which holds 1; predicted {units.times(proof.predicted_gain)}."
         )
-    above = "too high" if proof.error > 0 else "too low"
     return (
         f"Measured, {proof.phase} is {units.times(gain.value)} as fast with {name(proof)}, "
         f"95 % interval {held}; {units.times(proof.predicted_gain)} was predicted, "
-        f"{units.percent(abs(proof.error))} {above}."
+        f"{missed(proof.error)}."
     )
 
 
