@@ -157,10 +157,18 @@ class Incoming:
     values: torch.Tensor
 
     def __getattr__(self, name: str) -> Any:
-        raise NarrowsError(
-            f"this cache needs the attention that reads it (a tensor's {name!r} was asked): "
-            f"call model.set_attn_implementation({ATTENTION!r}) first, or use apply(model)"
-        )
+        raise _unread()
+
+    @classmethod
+    def __torch_function__(cls, *_: Any) -> Any:
+        raise _unread()
+
+
+def _unread() -> NarrowsError:
+    return NarrowsError(
+        "the model does not run the attention that reads this cache: call "
+        f"model.set_attn_implementation({ATTENTION!r}) first, or use technique.apply(model)"
+    )
 
 
 def attention(
