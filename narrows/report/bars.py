@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from narrows.core.bound import Bound, LevelRow, PhaseBound, Row
+from narrows.core.caches import FAULTS
 from narrows.core.price import DISPATCH
 from narrows.report import units, words
 from narrows.report.model import Interval
@@ -21,7 +22,7 @@ def kind(resource: str) -> str:
     """The CSS class that colours a resource."""
     if resource.startswith("compute."):
         return "compute"
-    if resource == DISPATCH:
+    if resource in (DISPATCH, FAULTS):
         return "dispatch"
     return "memory" if words.resource(resource).startswith(("memory", "cache")) else "link"
 
@@ -77,6 +78,20 @@ def _plain(seconds: float, scale: float, css: str) -> str:
     return f'<span class="seg {css}" style="width:{100 * seconds / scale:.3f}%"></span>'
 
 
+def _measured(phase: PhaseBound, scale: float) -> str:
+    """The measured bar, by op class where the profile tells them apart."""
+    total = phase.measured_seconds or 0.0
+    if not phase.measured_ops:
+        return _plain(total, scale, "measured")
+    parts = sorted(phase.measured_ops.items(), key=lambda item: -item[1])
+    return "".join(
+        f'<span class="seg measured" style="width:{100 * s / scale:.3f}%" '
+        f'title="{escape(f"{words.op(kind)}: {units.seconds(s)}")}">'
+        f"{_inside(words.op(kind), s / scale)}</span>"
+        for kind, s in parts
+    )
+
+
 def phase_bars(phase: PhaseBound, after: PhaseBound | None, technique: str) -> str:
     """Limit, prediction, measurement and the prediction with a technique, on one scale."""
     shown = [phase.limit_seconds, phase.seconds, phase.measured_seconds or 0.0]
@@ -87,8 +102,7 @@ def phase_bars(phase: PhaseBound, after: PhaseBound | None, technique: str) -> s
         _bar("predicted", _stack(phase, scale), phase.seconds, error),
     ]
     if phase.measured_seconds is not None:
-        inside = _plain(phase.measured_seconds, scale, "measured")
-        bars.append(_bar("measured", inside, phase.measured_seconds))
+        bars.append(_bar("measured", _measured(phase, scale), phase.measured_seconds))
     if after is not None:
         note = "" if after.error is None else f"± {units.percent(after.error)}"
         bars.append(_bar(f"with {technique}", _stack(after, scale), after.seconds, note))

@@ -71,7 +71,7 @@ def _cards(report: Report) -> str:
     narrow = bound.narrowest
     taken = words.measured(bound)
     worst = words.error(bound)
-    unsure = "datasheet bound" if worst is None else f"p90 error {units.percent(worst)}"
+    unsure = bound.trust if worst is None else f"p90 error {units.percent(worst)}"
     top = words.best(list(report.options))
     cards = [
         _card(
@@ -79,12 +79,11 @@ def _cards(report: Report) -> str:
             f"{units.percent(words.share(bound, narrow))} of all seconds",
         ),
         _card("predicted", units.seconds(bound.seconds), f"for the whole request, {unsure}"),
-        _card(
-            "physical limit", units.seconds(bound.limit_seconds),
-            f"{units.times(words.distance(bound))} away, "
-            f"{'measured' if taken is not None else 'predicted'}",
-        ),
     ]  # fmt: skip
+    if taken is not None or words.calibrated(bound):
+        note = f"{units.times(words.distance(bound))} away, "
+        note += "measured" if taken is not None else "predicted"
+        cards.append(_card("physical limit", units.seconds(bound.limit_seconds), note))
     if taken is not None:
         note = f"prediction {words.missed(bound.seconds / taken - 1)}"
         cards.insert(2, _card("measured", units.seconds(taken), note))
@@ -309,14 +308,14 @@ def _machine(report: Report) -> str:
             (
                 "",
                 (
-                    escape(words.op_class(c.op)), units.percent(c.compute), units.percent(c.memory),
+                    escape(words.op_class(name)), units.percent(c.compute), units.percent(c.memory),
                     units.seconds(c.fixed), str(c.n),
                     units.percent(c.error.median if c.error else None),
                     units.percent(c.error.p90 if c.error else None),
                     escape(", ".join(filter(None, (c.source, c.era)))),
                 ),
             )
-            for c in machine.calibrations.values()
+            for name, c in machine.calibrations.items()
         ]  # fmt: skip
         parts.append(
             _paragraph(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf
 
 from narrows.core.bound import Bound, Row
+from narrows.core.calibration import Calibration
 from narrows.core.machine import Machine
 from narrows.report import units, words
 
@@ -103,7 +104,7 @@ def roofs(machine: Machine, bound: Bound) -> list[Roof]:
 def calibrated(machine: Machine, bound: Bound) -> tuple[list[Roof], str]:
     """The used compute rate and the main memory as they were measured to be reached, in words.
 
-    Each op class has constants of its own; shown are those of the op class that spends most
+    Each op class has constants of its own; shown are the best of the op class that spends most
     seconds under the roof. Empty without calibration.
     """
     found: list[Roof] = []
@@ -113,18 +114,27 @@ def calibrated(machine: Machine, bound: Bound) -> tuple[list[Roof], str]:
         have: dict[str, float] = {}
         for row in _rows(bound):
             mine = row.resource.startswith("compute.") if flat else row.resource == machine.memory
-            if mine and row.op in machine.calibrations:
+            if mine and _constants(machine, row.op, row.resource):
                 key = (row.op, row.resource)
                 seconds[key] = seconds.get(key, 0.0) + row.seconds
                 have[row.resource] = row.have
         if not seconds or max(seconds.values()) <= 0:
             continue
         op, name = max(seconds, key=lambda key: (seconds[key], key))
-        constants = machine.calibrations[op]
-        part = constants.compute if flat else constants.memory
+        known = _constants(machine, op, name)
+        part = max(c.compute if flat else c.memory for c in known)
         found.append(Roof(name, have[name] * part, flat, True))
         told.append(f"{words.op(op)} reaches {units.percent(part)} of {words.short(name)}")
     return found, ", ".join(told)
+
+
+def _constants(machine: Machine, op: str, resource: str) -> list[Calibration]:
+    """Calibrations that an op class may have run by: of the precision, where that is known."""
+    stem, _, precision = resource.partition(".")
+    start = f"{op}.{precision}" if stem == "compute" else f"{op}."
+    special = [c for name, c in machine.calibrations.items() if name.startswith(start)]
+    plain = machine.calibrations.get(op)
+    return special or ([plain] if plain is not None else [])
 
 
 @dataclass(frozen=True, slots=True)

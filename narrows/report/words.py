@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from narrows.core.bound import Bound, PhaseBound
+from narrows.core.caches import FAULTS
 from narrows.core.machine import Machine
 from narrows.core.price import DISPATCH
 from narrows.report import units
@@ -19,8 +20,10 @@ def op(kind: str) -> str:
 
 
 def op_class(kind: str) -> str:
-    """An op class where no phase stands beside it: attention (decode)."""
-    return re.sub(r"^attention_(\w+)$", r"attention (\1)", kind).replace("_", "-")
+    """An op class where no phase stands beside it: attention (decode), matmul fp32 vector."""
+    stem, *rest = kind.split(".")
+    plain = re.sub(r"^attention_(\w+)$", r"attention (\1)", stem).replace("_", "-")
+    return " ".join([plain, *rest])
 
 
 def resource(name: str, machine: Machine | None = None) -> str:
@@ -29,6 +32,8 @@ def resource(name: str, machine: Machine | None = None) -> str:
         return f"compute ({name.removeprefix('compute.')})"
     if name == DISPATCH:
         return "dispatch (the fixed cost of calls)"
+    if name == FAULTS:
+        return "page faults (mapping new memory)"
     if machine is not None and name in machine.links:
         return f"link ({name})"
     if re.fullmatch(r"l\d\w*", name) or (machine is not None and name in machine.caches):
@@ -40,7 +45,7 @@ def resource(name: str, machine: Machine | None = None) -> str:
 
 def group(kind: str) -> str:
     """The heading of a colour: what sort of resource it stands for."""
-    return {"compute": "compute", "memory": "memory bandwidth", "dispatch": "dispatch",
+    return {"compute": "compute", "memory": "memory bandwidth", "dispatch": "fixed costs",
             "link": "link"}[kind]  # fmt: skip
 
 
@@ -61,10 +66,17 @@ def error(bound: Bound) -> float | None:
     return max(known) if known else None
 
 
+def calibrated(bound: Bound) -> bool:
+    """Whether a prediction says more than the limit does."""
+    return bound.seconds > 1.001 * bound.limit_seconds
+
+
 def measured(bound: Bound) -> float | None:
-    """Measured seconds of the whole request, None unless every phase was measured."""
-    known = [p.measured_seconds for p in bound.phases]
-    return None if None in known else sum(s for s in known if s is not None)
+    """Measured seconds of the whole request, None where only a part of it was measured."""
+    known = [p.measured_seconds for p in bound.phases if p.measured_seconds is not None]
+    if len(known) == len(bound.phases):
+        return sum(known)
+    return bound.measured_seconds if not known else None
 
 
 def distance(bound: Bound) -> float:
@@ -97,6 +109,8 @@ def headroom(bound: Bound) -> str:
     taken = measured(bound)
     away = f"{units.times(distance(bound))} the physical limit of "
     away += units.seconds(bound.limit_seconds)
+    if taken is None and not calibrated(bound):
+        return f"That is its physical limit; nothing is calibrated here: {bound.trust}."
     if taken is None:
         return f"Predicted, it takes {away} ({trust(bound)})."
     return (
