@@ -271,6 +271,36 @@ def relieve(
 
 
 @main.command()
+@click.argument("keys", nargs=-1)
+@click.option("--all", "everything", is_flag=True, help="Every system that is built.")
+@click.option("--folder", default=None, help="Every built system of a folder.")
+@click.option("--quick", is_flag=True, help="Only claims that take seconds.")
+@click.option("--fresh", is_flag=True, help="Run again what stands already.")
+@as_json
+def prove(
+    keys: tuple[str, ...], everything: bool, folder: str | None, quick: bool, fresh: bool,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Run the published figures of systems and keep the evidence."""
+    from narrows import index
+    from narrows.claims import prove as runner
+
+    chosen = [e.key for e in index.built() if everything or (folder and e.folder == folder)]
+    chosen = list(dict.fromkeys([*(index.get(k).key for k in keys), *chosen]))
+    if not chosen:
+        raise NarrowsError("name systems to prove, or --all, or a --folder that has built ones")
+    from narrows.report import text
+
+    show = None if as_json else text.claim_teller(console())
+    found = [runner.prove(k, quick=quick, fresh=fresh, told=show) for k in chosen]
+    if as_json:
+        dump({"evidence": [asdict(e) for e in found]})
+    else:
+        text.verdicts(console(), list(runner.verdicts(found)))
+    raise SystemExit(runner.exit_code(found))
+
+
+@main.command()
 @click.argument("words", nargs=-1)
 @as_json
 def methods(words: tuple[str, ...], as_json: bool) -> None:

@@ -7,6 +7,7 @@ tuple of them) in a light module, so that listing never imports a method either.
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 import warnings
@@ -130,12 +131,45 @@ def get(key: str) -> Entry:
 
 
 def status(entry: Entry) -> str:
-    """`built` when its module exists, else `planned`.
+    """How far a system is, computed from its files and the committed evidence.
 
-    Whether a built system works, and whether its claims hold, is said by evidence, never here.
+    `planned`: no module. `built`: some claim was not run under the current sources, is
+    inconclusive, or waits for a GPU. `works`: all claims run, some not reproduced, each with its
+    reason. `proven`: all reproduced.
     """
-    module = entry.target.partition(":")[0]
-    return "built" if module and _exists(module) else "planned"
+    target = entry.target.partition(":")[0]
+    if not target or not _exists(target):
+        return "planned"
+    wanted = _claims(entry.key)
+    if not wanted:
+        return "built"
+    from narrows.evidence import SETTLED, standing
+
+    found = standing(entry.key)
+    verdicts = {name: found[name].verdict for name in wanted if name in found}
+    if len(verdicts) < len(wanted) or not set(verdicts.values()) <= set(SETTLED):
+        return "built"
+    missed = [found[n] for n in wanted if found[n].verdict != "reproduced"]
+    if not missed:
+        return "proven"
+    return "works" if all(r.explained for r in missed) else "built"
+
+
+def _claims(key: str) -> tuple[str, ...]:
+    """Names of a system's claims, read from its file without importing it."""
+    file = Path(__file__).parent / "claims" / f"{key}.py"
+    if not file.is_file():
+        return ()
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    return tuple(
+        node.name
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        and any(
+            isinstance(d, ast.Call) and isinstance(d.func, ast.Name) and d.func.id == "claim"
+            for d in node.decorator_list
+        )
+    )
 
 
 @cache

@@ -1,0 +1,1 @@
+"""Published figures as functions, one file a system; prove.py runs them. Nothing imports this."""
