@@ -173,8 +173,10 @@ class Drawing:
             self.axes.plot(xs, ys, color=INK, linewidth=1.1, dashes=(4, 3), zorder=2.5, alpha=0.8)
             self.labels.line(xs, ys)
 
-    def _mark(self, x: float, y: float, r: float, p: Point, shape: str, filled: bool) -> None:
-        group, name = (self.then, "after") if p in self.then else (self.now, "mark")
+    def _mark(self, x: float, y: float, r: float, p: Point, shape: str, after: bool) -> None:
+        """One mark; hollow where it shows what was before a technique."""
+        group, name = (self.then, "after") if after else (self.now, "mark")
+        filled = after or self.after is None
         colour = self.colour[p.phase]
         self.axes.plot(
             [x], [y], marker=shape, markersize=2 * r, linestyle="none", clip_on=False,
@@ -186,11 +188,11 @@ class Drawing:
 
     def _marks(self) -> None:
         """Discs; with a technique, rings for what was before, and a line where a mark moved."""
-        for group, filled in ((self.now, self.after is None), (self.then, True)):
+        for group, after in ((self.now, False), (self.then, True)):
             for p in sorted(group, key=lambda p: -p.seconds):
                 if p.flops:
                     x, y = self.box.place(p)
-                    self._mark(x, y, self._radius(p.seconds), p, "o", filled)
+                    self._mark(x, y, self._radius(p.seconds), p, "o", after)
                     self.labels.disc(x, y, self._radius(p.seconds))
         for p, q in self._pairs():
             (x0, y0), (x1, y1) = self.box.place(p), self.box.place(q)
@@ -216,7 +218,7 @@ class Drawing:
         x += width("bytes only:") + 10
         for p in pure:
             dx, dy = labels.data(x, y)
-            self._mark(dx, dy, min(self._radius(p.seconds), 7.0), p, "s", self.after is None)
+            self._mark(dx, dy, min(self._radius(p.seconds), 7.0), p, "s", False)
             q = after.get((p.phase, p.op))
             if q is not None:
                 self._mark(dx, dy, min(self._radius(q.seconds), 7.0), q, "s", True)
@@ -373,7 +375,9 @@ def svg(
     for stand_in, variable in VARIABLES.items():
         text = text.replace(stand_in, variable)
     # Text is set in the page's font: ours only measured it.
-    text = re.sub(r"font: ([\d.]+)px '?[^;\"]*", r"font-size: \1px", text)
+    text = re.sub(r"font(?:-family)?: [^;\"]*'[^;\"]*;?", _size, text)
+    # Names that nothing refers to would clash with those of another picture in the page.
+    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if _needed(m[1], text) else "", text)
     hints = {**_hints(bound, "mark"), **(_hints(after, "after") if after else {})}
     for gid, hint in hints.items():
         text = text.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(hint)}</title>', 1)
@@ -384,6 +388,16 @@ def svg(
     )
     own = colours(".roofline") + FONT if standalone else ""
     return f"{head}<style>{HALO}{own}</style>{text[text.index('>') + 1 :]}"
+
+
+def _size(style: re.Match[str]) -> str:
+    """Of a font, only its size."""
+    size = re.search(r"[\d.]+px", style[0])
+    return f"font-size: {size[0]};" if size else ""
+
+
+def _needed(name: str, text: str) -> bool:
+    return name.startswith(("mark-", "after-", "measured-")) or f"#{name}" in text
 
 
 HALO = (

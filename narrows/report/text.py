@@ -7,6 +7,7 @@ is narrower than `WIDE`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +30,9 @@ WIDE = 96
 BAR = 12
 """Characters of a share of 100 %."""
 
+
+SHOWN = 12
+"""Refused rows that are shown one by one."""
 
 NAMES = ("machine", "key", "op class", "memory", "status", "phase", "held up by")
 """Columns that hold one short name, which is not broken."""
@@ -269,8 +273,8 @@ def _calibrations(console: Console, found: Machine) -> None:
 def machines(console: Console, found: Iterable[Machine]) -> None:
     """The catalogue, a line each."""
     wide = console.width >= WIDE
-    extra = ["title", ">year"] if wide else []
-    table = _table("machine", *extra, ">compute", ">memory", ">capacity", ">calibrated")
+    more = (["title", ">year"], [">fitted"]) if wide else ([], [])
+    table = _table("machine", *more[0], ">compute", ">memory", ">capacity", *more[1])
     for m in found:
         rates = {n: r for n, r in m.resources.items() if n.startswith("compute.")}
         # The rate people compare: of 16-bit floats, else of the widest that is there.
@@ -278,17 +282,18 @@ def machines(console: Console, found: Iterable[Machine]) -> None:
             (rates[n] for n in ("compute.bf16", "compute.fp16", "compute.fp32") if n in rates),
             next(iter(rates.values())),
         )
-        cells: list[object] = [_strong(m.name)]
-        if wide:
-            cells += [m.title, m.year or units.UNKNOWN]
-        cells += [
-            f"{units.rate(chosen.capacity, chosen.unit)} {words.short(chosen.name):4}",
-            units.rate(m.bandwidth("device"), "byte/s"), units.count_bytes(m.capacity("device")),
-            f"{len(m.calibrations)}" if m.calibrations else "no",
-        ]  # fmt: skip
-        table.add_row(*_plain(*cells))
+        table.add_row(
+            *_plain(
+                _strong(m.name), *([m.title, m.year or units.UNKNOWN] if wide else []),
+                f"{units.rate(chosen.capacity, chosen.unit)} {words.short(chosen.name):4}",
+                units.rate(m.bandwidth("device"), "byte/s"),
+                units.count_bytes(m.capacity("device")),
+                *([len(m.calibrations) or "no"] if wide else []),
+            )
+        )  # fmt: skip
     console.print(table)
-    _say(console, "", "Calibrated: op classes whose constants were fitted to measured rows.")
+    if wide:
+        _say(console, "", "Fitted: op classes whose constants come from measured rows.")
 
 
 def methods(console: Console, found: Sequence[index.Entry]) -> None:
@@ -316,9 +321,7 @@ def methods(console: Console, found: Sequence[index.Entry]) -> None:
 # --- calibration and validation --------------------------------------------------------------
 
 
-def calibration(
-    console: Console, fitted: Machine, refused: Sequence[object], out: Path | str
-) -> None:
+def calibration(console: Console, fitted: Machine, refused: Sequence[Any], out: Path | str) -> None:
     """What was fitted, what was refused, and where it was written."""
     _calibrations(console, fitted)
     _refused(console, refused)
@@ -342,15 +345,29 @@ def validation(console: Console, checked: Checked) -> None:
 
 
 def here(console: Console, checked: Any) -> None:
-    """How well the measured machine predicts workloads it was not calibrated on."""
+    """How well the measured machine predicts workloads it was not calibrated on, and the verdict.
+
+    checked: what measure.battery.validate_here gives.
+    """
     validation(console, checked)
+    console.print()
+    table = _table("workload", "held up by", ">seconds", ">error", ">spread", "")
+    for row in sorted(checked.rows, key=lambda row: -row.error):
+        style = "" if row.quiet else "dim"
+        cells = (
+            row.name, words.short(row.narrowest), units.seconds(row.seconds),
+            units.percent(row.error), units.percent(row.spread), "" if row.quiet else "not quiet",
+        )  # fmt: skip
+        table.add_row(*_plain(*cells), style=style)
+    console.print(table)
+    console.print()
     told = {
-        True: ("within the errors promised for this machine", "bold green"),
-        False: ("outside the errors promised for this machine", "bold red"),
-        None: ("no verdict: too few quiet rows; try again when the machine is idle", "bold"),
+        True: ("Within the errors promised for this machine.", "bold green"),
+        False: ("Outside the errors promised for this machine.", "bold red"),
+        None: ("No verdict: too few quiet rows; try again when the machine is idle.", "bold"),
     }
     sentence, style = told[checked.verdict]
-    console.print(Text(sentence[0].upper() + sentence[1:] + ".", style=style))
+    console.print(Text(sentence, style=style))
 
 
 def _errors(table: Table, name: str, row: Mapping[str, Any]) -> None:
@@ -359,12 +376,14 @@ def _errors(table: Table, name: str, row: Mapping[str, Any]) -> None:
         table.add_row(*_plain(name, row.get("n", ""), *(units.percent(cell) for cell in cells)))
 
 
-def _refused(console: Console, refused: Sequence[object]) -> None:
+def _refused(console: Console, refused: Sequence[Any]) -> None:
+    """The first rows that were refused, as file:row: reason."""
     if not refused:
         return
-    console.print(_strong(f"{len(refused)} refused:", "bold red"))
-    for row in list(refused)[:20]:
-        parts = row.values() if isinstance(row, Mapping) else (row,)
-        _say(console, "  " + ", ".join(str(part) for part in parts))
-    if len(refused) > 20:
-        _say(console, f"  and {len(refused) - 20} more")
+    rows = "row" if len(refused) == 1 else "rows"
+    console.print(_strong(f"Refused {len(refused)} {rows}:", "bold red"))
+    for row in list(refused)[:SHOWN]:
+        told = row if isinstance(row, Mapping) else asdict(row)
+        _say(console, f"  {told['file']}:{told['row']}: {told['reason']}")
+    if len(refused) > SHOWN:
+        _say(console, f"  and {len(refused) - SHOWN} more; --json gives all of them")
