@@ -107,9 +107,11 @@ def run(
 ) -> Run:  # fmt: skip
     """One run of an op class; all figures broadcast.
 
-    least_compute, least_memory: seconds at the machine's own rates. shape: m, n, k and batch of
-    the op (see `Op`). units: processing units of the machine. work: flops behind least_compute.
-    rate: bytes a second behind least_memory, for what splitting adds.
+    least_compute, least_memory: seconds at the machine's own rates. shape: of the op; products
+    have m, n, k and batch. Attention has q queries (m) of kv keys (n) with channel elements (k),
+    batch is sequences times query heads, and groups sequences times heads of keys and values
+    (batch * kv_heads / heads). units: processing units of the machine. work: flops behind
+    least_compute. rate: bytes a second of the main memory, for what splitting adds.
     """
     c = calibration
     fixed: Number = c.fixed
@@ -126,6 +128,12 @@ def run(
     return Run(compute, memory, fixed, np.maximum(compute, memory) + fixed)
 
 
+def _size(shape: Mapping[str, Number], *names: str) -> np.ndarray:
+    """The first of some sizes that a shape has, 1 where it has none; above zero."""
+    found = np.asarray(next((shape[n] for n in names if n in shape), 1.0), float)
+    return np.maximum(found, np.finfo(float).tiny)
+
+
 def _stack(values: tuple[float, ...], like: np.ndarray) -> np.ndarray:
     """Choices along a new leading axis, over the cases of `like`."""
     return np.array(values, float).reshape(-1, *([1] * like.ndim))
@@ -135,8 +143,7 @@ def _product(
     least_compute: Number, least_memory: Number, shape: Mapping[str, Number], c: Calibration,
     units: int, rate: float,
 ) -> Run:  # fmt: skip
-    m, n, k = (np.asarray(shape[s], float) for s in ("m", "n", "k"))
-    batch = np.asarray(shape.get("batch", 1.0), float)
+    m, n, k, batch = (_size(shape, s) for s in ("m", "n", "k", "batch"))
     cases = m + n + k + batch + least_compute + least_memory
     rows, columns, parts = (
         _stack(v, cases) for v in zip(*((r, s, p) for r, s in c.tiles for p in SPLITS), strict=True)
@@ -166,14 +173,14 @@ def _prefill(
     units: int, work: Number | None,
 ) -> Run:  # fmt: skip
     rows, columns = c.tiles[0]
-    m, n, k = (np.asarray(shape[s], float) for s in ("m", "n", "k"))
-    blocks = np.ceil(m / rows) * np.asarray(shape.get("batch", 1.0), float)
+    m, n, k = _size(shape, "q", "m"), _size(shape, "kv", "n"), _size(shape, "channel", "k")
+    heads = _size(shape, "batch")
+    blocks = np.ceil(m / rows) * heads
     square = 4.0 * blocks * rows * np.ceil(n / columns) * columns * k
-    ratio: Number = 1.0
-    if work is not None:  # a mask at most doubles what a causal kernel walks, windows are skipped
-        whole = np.maximum(square, work)
-        padded = square / (4.0 * np.asarray(shape.get("batch", 1.0), float) * m * n * k)
-        ratio = np.minimum(whole, 2.0 * np.maximum(padded, 1.0) * work) / work
+    counted = square if work is None else np.where(np.asarray(work) > 0, work, square)
+    padded = square / (4.0 * heads * m * n * k)
+    # A causal mask hides at most half of the square; what a window hides is skipped.
+    ratio = np.maximum(np.minimum(square / counted, 2.0 * padded), 1.0)
     compute = least_compute * ratio / c.compute + c.step * blocks / units
     memory = least_memory / c.memory
     return Run(compute, memory, c.fixed, np.maximum(compute, memory) + c.fixed)
@@ -183,7 +190,9 @@ def _decode(
     least_compute: Number, least_memory: Number, shape: Mapping[str, Number], c: Calibration,
     units: int,
 ) -> Run:  # fmt: skip
-    groups = np.asarray(shape.get("groups", shape.get("batch", 1.0)), float)
+    groups = _size(shape, "groups", "batch")
+    if "groups" not in shape and {"heads", "kv_heads"} <= shape.keys():
+        groups = groups * _size(shape, "kv_heads") / _size(shape, "heads")
     split = groups < FILLED * units
     blocks = np.where(split, units, groups)
     full = np.floor(blocks / (RESIDENT * units)) * RESIDENT * units
