@@ -1,7 +1,24 @@
-"""What a plan's fusion removes: intermediates that never reach memory, and launches."""
+"""What a plan's fusion removes: intermediates that never reach memory, and launches.
+
+Two rewrites, the same for traced and closed forms, applied in this order:
+
+`flash` makes one kernel of every attention group (ops that share a `group` starting with
+`attention`): scores stay on chip, and what the mask hides is not computed (`causal` in the
+shape of the scores is the share that is visible; Dao 2023, "FlashAttention-2", section 3.1).
+
+`compiled` makes one kernel of every chain of pointwise work, reductions and copies, as loop
+compilers do: two fusible ops join when one reads what the other writes, they run equally often,
+and no product or other heavy kernel lies on a path between them. The last condition is checked
+by depth, the number of heavy kernels on the longest path to an op, which keeps the graph of
+kernels free of cycles.
+
+A tensor is gone when one kernel both writes it and is its only reader. Tensors that outlive a
+step and outputs are never gone. Operations are conserved but for masked scores; bytes never grow.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,86 +26,153 @@ import numpy as np
 from narrows.core.tensor import Number
 from narrows.core.workload import FUSIBLE, PERSISTENT, Op, Phase, Use, Workload
 
+LASTING = PERSISTENT | {"output"}
+"""Roles that fusion never removes."""
 
-def _merge(ops: list[Op], kind: str, name: str, workload: Workload, inner: set[str]) -> Op:
-    """One kernel for several ops of equal repeat; tensors in `inner` stay on chip."""
 
-    def outer(uses: list[Use]) -> tuple[Use, ...]:
-        kept: dict[str, Use] = {}
-        for use in uses:
-            if use.tensor not in inner:
-                kept.setdefault(use.tensor, use)
-        return tuple(kept.values())
+def fuse(workload: Workload, fusion: Sequence[str]) -> Workload:
+    """The workload as a plan's fusion would run it (see plan.FUSIONS)."""
+    phases = workload.phases
+    if "flash" in fusion:
+        phases = tuple(_merged(workload, p, _attention(p), True) for p in phases)
+    if "compiled" in fusion:
+        phases = tuple(_merged(workload, p, _chains(p), False) for p in phases)
+    return replace(workload, phases=phases)
 
-    written = {u.tensor for op in ops for u in op.writes}
-    flops: Number = 0.0
+
+def _attention(phase: Phase) -> list[int]:
+    """Cluster of every op: its attention group, or itself alone."""
+    first: dict[str, int] = {}
+    return [
+        first.setdefault(op.group, i) if op.group.startswith("attention") else i
+        for i, op in enumerate(phase.ops)
+    ]
+
+
+def _chains(phase: Phase) -> list[int]:
+    """Cluster of every op: the chain of fusible ops it belongs to, or itself alone."""
+    parent = list(range(len(phase.ops)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    depth = [0] * len(phase.ops)
+    writer: dict[str, int] = {}
+    for i, op in enumerate(phase.ops):
+        sources = {writer[u.tensor] for u in op.reads if u.tensor in writer}
+        heavy = [depth[j] + (phase.ops[j].kind not in FUSIBLE) for j in sources]
+        depth[i] = max(heavy, default=0)
+        for j in sources if op.kind in FUSIBLE else ():
+            before = phase.ops[j]
+            if (
+                before.kind in FUSIBLE
+                and depth[j] == depth[i]
+                and np.array_equal(before.repeat, op.repeat)
+            ):
+                parent[root(i)] = root(j)
+        writer.update({u.tensor: i for u in op.writes})
+    return [root(i) for i in range(len(phase.ops))]
+
+
+def _merged(workload: Workload, phase: Phase, cluster: Sequence[int], attention: bool) -> Phase:
+    """The phase with every cluster as one op, in the place of its last member."""
+    members: dict[int, list[int]] = {}
+    for i, c in enumerate(cluster):
+        members.setdefault(c, []).append(i)
+    readers: dict[str, set[int]] = {}
+    for i, op in enumerate(phase.ops):
+        for use in op.reads:
+            readers.setdefault(use.tensor, set()).add(cluster[i])
+    made: dict[int, Op] = {}
+    for c, inside in members.items():
+        ops = [phase.ops[i] for i in inside]
+        if len(ops) == 1 and not (attention and ops[0].group):
+            made[inside[0]] = ops[0]
+            continue
+        gone = {
+            u.tensor for op in ops for u in op.writes
+            if readers.get(u.tensor) == {c} and workload.tensors[u.tensor].role not in LASTING
+        }  # fmt: skip
+        made[inside[-1]] = _kernel(workload, ops, gone)
+    return replace(phase, ops=tuple(made[i] for i in sorted(made)))
+
+
+def _kernel(workload: Workload, ops: Sequence[Op], gone: set[str]) -> Op:
+    """One op that does what several do; tensors in `gone` stay on chip."""
+    written: set[str] = set()
+    outer: list[Use] = []
     for op in ops:
-        flops = flops + op.flops
-    reads = outer([u for op in ops for u in op.reads if u.tensor not in written])
-    held = {u.tensor for u in reads}
-    per_element: dict[str, Number] = {}
+        outer += [u for u in op.reads if u.tensor not in written]
+        written.update(u.tensor for u in op.writes)
+    reads = _joined(workload, outer)
+    writes = _joined(workload, [u for op in ops for u in op.writes if u.tensor not in gone])
+    flops: Number = sum((op.flops for op in ops), start=0.0)
+    rates: dict[str, Number] = {}
     for op in ops:
-        for tensor, rate in op.per_element.items():
-            if tensor in held:
-                per_element[tensor] = per_element.get(tensor, 0.0) + rate
+        for use in op.reads:
+            rate = op.per_element.get(use.tensor)
+            if rate is None:
+                continue
+            if use in reads:
+                rates[use.tensor] = rates.get(use.tensor, 0.0) + rate
             else:
-                use = next(u for u in op.reads if u.tensor == tensor)
-                flops = flops + rate * workload.tensors[tensor].elements(use.at)
-    heavy = max(ops, key=lambda op: (op.kind in ("matmul", "conv"), op.kind not in FUSIBLE))
+                flops = flops + rate * workload.tensors[use.tensor].elements(use.at)
+    heavy = next((op for op in ops if op.kind not in FUSIBLE), None)
+    if heavy is None:
+        kind = _kind({op.kind for op in ops})
+        return replace(
+            ops[-1], kind=kind, reads=reads, writes=writes, flops=flops, per_element=rates
+        )
+    group = heavy.group.partition(":")[0]
+    shape = {k: n for k, n in heavy.shape.items() if k != "causal"}
     return replace(
-        heavy, name=name, kind=kind, reads=reads, writes=outer([u for o in ops for u in o.writes]),
-        flops=flops, per_element=per_element,
+        heavy, name=group, kind=group, reads=reads, writes=writes, per_element=rates,
+        flops=flops * heavy.shape.get("causal", 1.0), shape=shape, group="",
     )  # fmt: skip
 
 
-def _runs(phase: Phase, compiled: bool, flash: bool) -> list[list[Op]]:
-    """Neighbours that become one kernel, in order; a run of one stays as it is."""
-    runs: list[list[Op]] = []
-    for op in phase.ops:
-        last = runs[-1][-1] if runs else None
-        joins = False
-        if last is not None and np.array_equal(last.repeat, op.repeat):
-            attention = flash and op.group.startswith("attention")
-            if attention:
-                joins = last.group == op.group
-            elif compiled:
-                held = flash and last.group.startswith("attention")
-                joins = op.kind in FUSIBLE and last.kind in FUSIBLE and not held
-        if joins:
-            runs[-1].append(op)
-        else:
-            runs.append([op])
-    return runs
+def _kind(kinds: set[str]) -> str:
+    """Class of a fused kernel; a row reduction with what scales the row is a norm."""
+    if kinds & {"norm", "reduce"} and kinds != {"reduce"}:
+        return "norm"
+    return next(k for k in ("softmax", "reduce", "rope", "pointwise", "copy") if k in kinds)
 
 
-def fuse(workload: Workload, fusion: tuple[str, ...]) -> Workload:
-    """The workload as a plan's fusion would run it; the same for traced and closed forms."""
-    if not fusion:
-        return workload
-    phases: list[Phase] = []
-    for phase in workload.phases:
-        readers: dict[str, int] = {}
-        for op in phase.ops:
-            for use in op.reads:
-                readers[use.tensor] = readers.get(use.tensor, 0) + 1
-        ops: list[Op] = []
-        for run in _runs(phase, "compiled" in fusion, "flash" in fusion):
-            if len(run) == 1:
-                ops.append(run[0])
+def _joined(workload: Workload, uses: Iterable[Use]) -> tuple[Use, ...]:
+    """Uses with those left out that touch no more of a tensor than another one does."""
+    kept: list[Use] = []
+    for use in uses:
+        within = False
+        for i, other in enumerate(kept):
+            if other.tensor != use.tensor:
                 continue
-            inside: dict[str, int] = {}
-            for op in run:
-                for use in op.reads:
-                    inside[use.tensor] = inside.get(use.tensor, 0) + 1
-            written = {u.tensor for op in run for u in op.writes}
-            inner = {
-                t for t in written
-                if inside.get(t, 0) == readers.get(t, 0) > 0
-                and workload.tensors[t].role not in PERSISTENT
-            }  # fmt: skip
-            group = run[0].group
-            attention = group.startswith("attention")
-            kind = group if attention else max(run, key=lambda o: o.kind == "norm").kind
-            ops.append(_merge(run, kind, group or run[-1].name, workload, inner))
-        phases.append(replace(phase, ops=tuple(ops)))
-    return replace(workload, phases=tuple(phases))
+            if _covers(workload, other, use):
+                within = True
+                break
+            if _covers(workload, use, other):
+                kept[i] = use
+                within = True
+                break
+        if not within:
+            kept.append(use)
+    return tuple(kept)
+
+
+def _covers(workload: Workload, large: Use, small: Use) -> bool:
+    """Whether one use touches at least as much along every axis as another."""
+    if not large.at or large == small:
+        return True
+    if large.part is not None or small.part is not None:
+        if large.part is None or small.part is None or large.part[2] != small.part[2]:
+            return False
+        if large.part[0] > small.part[0] or large.part[1] < small.part[1]:
+            return False
+    tensor = workload.tensors[large.tensor]
+    for axis, extent in large.at.items():
+        other = small.at.get(axis, tensor.extent(axis))
+        if not np.all(np.asarray(np.minimum(extent, tensor.extent(axis))) >= other):
+            return False
+    return True

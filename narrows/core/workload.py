@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from narrows.core.errors import NarrowsError, unknown
+from narrows.core.flow import Flow
 from narrows.core.tensor import Number, Tensor
 
 KINDS = (
@@ -25,10 +26,16 @@ PERSISTENT = frozenset({"weight", "kv", "state", "gradient", "saved", "input"})
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What one op touches of a tensor: all that is kept, or less along the axes named in `at`."""
+    """What one op touches of a tensor: all that is kept, or less along the axes named in `at`.
+
+    part: where that piece lies, as (first, last, period) in elements, known from traces only:
+    every `period` elements, those from `first` to `last`. It tells pieces of equal size apart
+    (queries, keys and values of one product); bytes follow from `at` alone.
+    """
 
     tensor: str
     at: Mapping[str, Number] = field(default_factory=dict[str, Number])
+    part: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +81,7 @@ class Workload:
 
     tensors: by name. phases: in the order they run. facts: what the closed form or the trace
     knows of the load and techniques ask for (`prompt`, `generate`, `batch`, `layers`, ...).
-    arrivals: the requests, where the load is traffic.
+    arrivals: the requests, where the load is traffic. flows: what must get through which channels.
     """
 
     name: str
@@ -82,6 +89,7 @@ class Workload:
     phases: tuple[Phase, ...]
     facts: Mapping[str, Any] = field(default_factory=dict[str, Any])
     arrivals: Any = None
+    flows: tuple[Flow, ...] = ()
 
     def __post_init__(self) -> None:
         for phase in self.phases:
@@ -92,6 +100,18 @@ class Workload:
                             f"workload {self.name!r}: op {op.name!r} uses {use.tensor!r}, "
                             "which is not among its tensors"
                         )
+
+    @classmethod
+    def of(cls, module: Any, inputs: Any = (), training: bool = False) -> Workload:
+        """The workload of a torch module or callable, traced without weights or compute.
+
+        See narrows.trace.module.trace, which also takes a name and further facts.
+        """
+        # The one import of the rest in core/, and a lazy one: the issue names this entry, and
+        # core must load where torch is not installed.
+        from narrows.trace.module import trace
+
+        return trace(module, inputs, training=training)
 
     def phase(self, name: str) -> Phase:
         """A phase by its name."""

@@ -25,7 +25,8 @@ class TransformerConfig:
     one fused projection. positions: `rotary` or `learned`; rotary: share of the head that
     turns; position_rows: rows of the learned table. embed_dim: width of the embedding where
     it is projected to `hidden`. window: tokens a windowed layer attends, 0 for none;
-    windowed_layers: how many do. softcap: scores and logits pass a tanh. embed_scale: the
+    windowed_layers: how many do. softcap: scores and logits pass a tanh. query_scale: queries
+    are scaled by a kernel of their own. embed_scale: the
     embedding is multiplied. max_positions: longest context of the training.
     """
 
@@ -52,6 +53,7 @@ class TransformerConfig:
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
+    query_scale: bool = False
     final_norm: bool = True
     positions: str = "rotary"
     rotary: float = 1.0
@@ -87,11 +89,12 @@ class TransformerConfig:
         if not isinstance(source, Mapping):
             path = Path(source)
             name = name or (path.parent.name if path.name == "config.json" else path.stem)
-            source = _load(path)
+            source = load_fields(path)
         return read(source, name)
 
 
-def _load(path: Path) -> Mapping[str, Any]:
+def load_fields(path: Path) -> Mapping[str, Any]:
+    """What a config.json holds, given its path or folder; NarrowsError where it is malformed."""
     path = path / "config.json" if path.is_dir() else path
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

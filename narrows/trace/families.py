@@ -194,7 +194,7 @@ def _opt(f: Fields) -> TransformerConfig:
         f, ffn=f.whole("ffn_dim", "intermediate_size"), gated=False, norm="layer",
         activation=f.text("activation_function", default="relu"), norm_bias=True, qkv_bias=bias,
         out_bias=bias, mlp_bias=bias, positions="learned", position_rows=rows + 2,
-        embed_dim=embed if embed != hidden else 0, tied=True,
+        embed_dim=embed if embed != hidden else 0, query_scale=True, tied=True,
     )  # fmt: skip
 
 

@@ -122,11 +122,12 @@ def attention(
     cache: Cache | None, span: Span, windowed: bool, tp: int,
 ) -> str:  # fmt: skip
     """Projections, positions, cache, scores and the output projection."""
-    dim = config.head_dim
     heads, kv_heads = config.heads / tp, kv_heads_per_device(config, tp)
     q, k, v = _project(b, config, source, heads, kv_heads)
     if config.qk_norm:
         q, k = b.norm(config.norm, "q_norm", q), b.norm(config.norm, "k_norm", k)
+    if config.query_scale:
+        q = b.map("q.scale", "pointwise", [q], b.like(q, "q.scaled"))
     if table is not None:
         q = b.rotate(q, table, config.rotary, "q_rope")
         k = b.rotate(k, table, config.rotary, "k_rope")
@@ -144,7 +145,7 @@ def attention(
     else:
         keys, values, context = [Use(k)], [Use(v)], span.tokens
         fraction = causal_sum(0.0, span.tokens, window) / np.maximum(span.tokens, 1) ** 2
-    b.group = f"attention_{'decode' if span.decoding else 'prefill'}"
+    b.group = f"attention_{'decode' if span.decoding else 'prefill'}:{b.prefix}"
     out = _scores(b, config, q, keys, values, context, fraction, heads, kv_heads)
     b.group = ""
     return b.linear("o", out, channel=config.hidden)
@@ -182,7 +183,7 @@ def _scores(
     """
     axes = b.tensors[q].axes
     dim, tokens, batch = config.head_dim, axes["token"], axes["batch"]
-    decoding = b.group == "attention_decode"
+    decoding = b.group.startswith("attention_decode")
     shape = {
         "m": tokens, "n": context, "k": dim, "batch": batch * heads, "q": tokens, "kv": context,
         "heads": heads, "kv_heads": kv_heads, "channel": dim, "causal": fraction,
