@@ -3,6 +3,7 @@
 _base.py          KVTechnique, Policy     the convention every member follows; no torch
 snapkv.py         SnapKV                  keeps the prompt tokens the last queries look at
 baselines.py      RandomEviction, ...     policies to compare against at equal bytes
+quality.py        recall, perplexity      what caches forget, from one reading of each prompt
 store_torch.py    Store, attend           what one layer holds in place, and attention over it
 select_torch.py   window_votes, top       votes for tokens, and the choice among them
 adapter.py        KVCache, wrap           the seam to Hugging Face transformers (5.2 to newest)

@@ -1,44 +1,51 @@
 """What a cache forgets: recall and perplexity of the reference model through it.
 
-All candidates get the same prompts and spend the same share of the cache. Prompts end with the
-question; haystacks are sampled from the model itself, or are given.
+All candidates get the same prompts and spend the same share of the cache. Prefill is exact
+whatever is kept, so a prompt is read once and every candidate takes what it keeps from that one
+reading; answers are then judged through each cache. Haystacks are given, or sampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from narrows.kv._base import Policy
+from narrows.core.errors import NarrowsError
+from narrows.kv._base import Policy, Prompt
 from narrows.measure.timing import Progress
+
+if TYPE_CHECKING:
+    import torch
 
 TOKENS = 2048
 """Length of the prompts that quality figures are taken at."""
+
+QUESTION = 4
+"""Tokens of a question: the mark that opens it, a key of two, the mark that asks."""
+
+ROWS = 8
+"""Prompts read at a time."""
 
 
 def sampled_text(model: Any, tokens: int, seed: int = 0) -> np.ndarray:
     """A haystack without a corpus: tokens sampled from the model at temperature 1, int64."""
     import torch
 
-    from narrows.kv.adapter import ATTENTION, KVCache
+    from narrows.kv.adapter import KVCache
 
     rows = -(-tokens // 256)
     rng = torch.Generator().manual_seed(seed)
-    before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
-    cache = KVCache(model.config)
     new = torch.randint(1, model.config.vocab_size, (rows, 1), generator=rng)
     made: list[torch.Tensor] = []
-    try:
-        with torch.inference_mode():
-            for _ in range(256):
-                logits = model(new, past_key_values=cache, use_cache=True).logits[:, -1].float()
-                new = torch.multinomial(logits.softmax(-1), 1, generator=rng)
-                made.append(new)
-    finally:
-        model.set_attn_implementation(before)
+    with _reading(model):
+        cache = KVCache(model.config)
+        for _ in range(256):
+            logits = model(new, past_key_values=cache, use_cache=True).logits[:, -1].float()
+            new = torch.multinomial(logits.softmax(-1), 1, generator=rng)
+            made.append(new)
     return torch.cat(made, 1).flatten()[:tokens].numpy()
 
 
@@ -54,10 +61,11 @@ def recall(
 ) -> dict[str, dict[str, Any]]:
     """Share of answers wholly right, with 95 % Wilson intervals: task -> candidate -> Share.
 
-    policies: by candidate's name, None for the dense cache. haystack: token ids, int64.
+    policies: by candidate's name, None for the dense cache. haystack: token ids, int64. Prompts
+    of `tokens` tokens end with the question. The first token of an answer comes from prefill, as
+    in real use; the others through the cache.
     """
-    from narrows.kv.adapter import ATTENTION, KVCache
-    from narrows.models.recall_lm import evaluate, tasks
+    from narrows.models.recall_lm import tasks
 
     alphabet = tasks.Alphabet.of(tokenizer)
     rng = np.random.default_rng(seed)
@@ -65,20 +73,134 @@ def recall(
         "one needle": tasks.needle(rng, alphabet, haystack, tokens, answers),
         "16 pairs": tasks.pairs(rng, alphabet, haystack, tokens, answers, 16),
     }
+    told: dict[str, dict[str, Any]] = {}
+    for i, (task, batch) in enumerate(batches.items()):
+
+        def part(done: float, what: str, i: int = i, task: str = task) -> None:
+            if progress:
+                progress((i + done) / len(batches), f"recall of {task}, {what}")
+
+        told[task] = right(model, policies, batch, progress=part)
+    return told
+
+
+def right(
+    model: Any,
+    policies: Mapping[str, Policy | None],
+    batch: Any,
+    asked_later: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Share of a batch's prompts answered wholly right, by candidate.
+
+    batch: a recall_lm.tasks.Batch. asked_later: the text is compressed before the question is
+    seen, which then comes through the cache too: what a technique that votes with the question
+    cannot know. A greedy answer is wholly right exactly when each of its tokens is the arg-max
+    after the right ones before it, so answers are judged in one pass.
+    """
+    import torch
+
+    from narrows.models.recall_lm.evaluate import Share
+
+    count = dict.fromkeys(policies, 0)
+    total = len(batch.ids)
+    ids, answers = torch.from_numpy(batch.ids), torch.from_numpy(batch.answers)
+    cut = ids.shape[1] - (QUESTION if asked_later else 0)
+    for at in range(0, total, ROWS):
+        if progress:
+            progress(at / total, f"answer {at} of {total}")
+        rows, expected = ids[at : at + ROWS], answers[at : at + ROWS]
+        rest = torch.cat([rows[:, cut:], expected[:, :-1]], 1)
+        for name, logits in through(model, policies, rows[:, :cut], rest).items():
+            said = logits[:, -expected.shape[1] :].argmax(-1)
+            count[name] += int((said == expected).all(1).sum())
+    return {name: Share.of(n, total) for name, n in count.items()}
+
+
+def perplexity(
+    model: Any,
+    policies: Mapping[str, Policy | None],
+    ids: np.ndarray,
+    context: int = TOKENS,
+    scored: int = 64,
+    windows: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, float]:
+    """exp of the mean loss of `scored` tokens after a `context` that went through each cache.
+
+    ids: text, int64; the windows are spread evenly over it. The first scored token is predicted
+    by prefill itself and does not count.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    length = context + scored + 1
+    if len(ids) < length + windows:
+        raise NarrowsError(
+            f"a text of {len(ids)} tokens is too short for {windows} windows of {length}"
+        )
+    starts = np.linspace(0, len(ids) - length, windows).astype(int)
+    rows = torch.from_numpy(np.stack([ids[s : s + length] for s in starts]).astype(np.int64))
+    loss = dict.fromkeys(policies, 0.0)
+    for at in range(0, windows, ROWS):
+        if progress:
+            progress(at / windows, f"window {at} of {windows}")
+        some = rows[at : at + ROWS]
+        rest = some[:, context:-1]
+        for name, logits in through(model, policies, some[:, :context], rest).items():
+            given = logits[:, 1:].float().transpose(1, 2)
+            loss[name] += float(F.cross_entropy(given, some[:, context + 1 :], reduction="sum"))
+    return {name: float(np.exp(total / (windows * scored))) for name, total in loss.items()}
+
+
+def through(
+    model: Any, policies: Mapping[str, Policy | None], prompt: torch.Tensor, rest: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Logits after the prompt, and after each token of `rest` read through each cache.
+
+    prompt, rest: (rows, tokens) ids. Returns (rows, 1 + rest, vocabulary) by candidate.
+    """
+    import torch
+
+    from narrows.kv.adapter import KVCache, stores
+
+    with _reading(model):
+        caches = {name: KVCache(model.config) for name in policies}
+        every = _Every(policies, {name: stores(cache) for name, cache in caches.items()})
+        whole = KVCache(model.config, every)
+        first = model(prompt, past_key_values=whole, use_cache=True, logits_to_keep=1).logits
+        del whole
+        return {
+            name: torch.cat([first, model(rest, past_key_values=cache, use_cache=True).logits], 1)
+            for name, cache in caches.items()
+        }
+
+
+class _Every(Policy):
+    """Lets several policies choose from one prefill, each for a cache of its own."""
+
+    def __init__(self, policies: Mapping[str, Policy | None], stores: Mapping[str, Any]) -> None:
+        self.policies, self.stores = policies, stores
+
+    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
+        """Fill each policy's store of this layer; the prefilled cache itself is thrown away."""
+        for name, policy in self.policies.items():
+            columns = None if policy is None else policy.on_prefill_end(prompt)
+            self.stores[name][prompt.layer].fill(prompt.keys, prompt.values, columns, prompt.valid)
+        return None
+
+
+@contextmanager
+def _reading(model: Any) -> Iterator[None]:
+    """The model with the attention that reads our caches, without gradients."""
+    import torch
+
+    from narrows.kv.adapter import ATTENTION
+
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
-    told: dict[str, dict[str, Any]] = {}
-    done, total = 0, len(batches) * len(policies)
     try:
-        for task, batch in batches.items():
-            told[task] = {}
-            for name, policy in policies.items():
-                if progress:
-                    progress(done / total, f"recall of {task}, {name}")
-                told[task][name] = evaluate.recall(
-                    model, batch, lambda policy=policy: KVCache(model.config, policy), 8
-                )
-                done += 1
+        with torch.inference_mode():
+            yield
     finally:
         model.set_attn_implementation(before)
-    return told

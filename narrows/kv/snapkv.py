@@ -95,6 +95,10 @@ class SnapKV(KVTechnique):
         kept = np.floor(np.asarray(tokens) * (1 - self.ratio))
         return np.minimum(tokens, np.maximum(kept, self.window + 1))
 
+    def at(self, share: float) -> SnapKV:
+        """The same votes, keeping this share of every prompt."""
+        return SnapKV(self.capacity, self.window, self.kernel, self.pool, 1.0 - share)
+
     def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
         """Columns with the most votes, and the window; see Policy."""
         from narrows.kv.select_torch import lengths, top, window_votes
