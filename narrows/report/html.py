@@ -109,7 +109,7 @@ def _cards(report: Report) -> str:
                 f"of {name} at the worst moment, {phase.name}", "" if bound.fits else "bad",
             )
         )  # fmt: skip
-    return f'<ul class="cards">{"".join(cards)}</ul>'
+    return f'<ul class="cards of-{len(cards)}">{"".join(cards)}</ul>'
 
 
 def _header(report: Report) -> str:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 SIZE = 10.0
 """Points of a label."""
 
+SLIGHT = 60.0
+"""A cost that a turned label may have: a corner that touches a line."""
+
 
 @dataclass(frozen=True, slots=True)
 class Box:
@@ -40,6 +43,17 @@ def width(text: str, size: float = SIZE) -> float:
     return size * (0.63 * (len(text) - narrow) + 0.36 * narrow)
 
 
+def _along(x: float, y: float, angle: float, long: float) -> list[Box]:
+    """Boxes that cover a text of `long` pixels that starts at a point and is turned by an angle."""
+    tall = SIZE + 2
+    boxes: list[Box] = []
+    for step in range(int(long // 8) + 1):
+        cx = x + 8 * step * cos(angle) - (4 + tall / 2) * sin(angle)
+        cy = y + 8 * step * sin(angle) + (4 + tall / 2) * cos(angle)
+        boxes.append(Box(cx - 4, cy - tall / 2 + 2, cx + 4, cy + tall / 2 - 2))
+    return boxes
+
+
 class Labels:
     """Places texts one after the other; each keeps off what is there already."""
 
@@ -66,6 +80,15 @@ class Labels:
     def take(self, left: float, bottom: float, right: float, top: float) -> None:
         """Keeps a rectangle of pixels free of what comes later."""
         self.taken.append(Box(left, bottom, right, top))
+
+    def corner(self, wide: float, high: float) -> Box:
+        """A box of that size in the freer of two corners: upper left, lower right; taken."""
+        f = self.frame
+        upper = Box(f.left + 4, f.top - high - 2, f.left + 4 + wide, f.top - 2)
+        lower = Box(f.right - wide - 4, f.bottom + 4, f.right - 4, f.bottom + 4 + high)
+        box = min(upper, lower, key=self._cost)
+        self.taken.append(box)
+        return box
 
     def disc(self, x: float, y: float, radius: float) -> None:
         """A mark that labels should not cover."""
@@ -116,21 +139,20 @@ class Labels:
         length = hypot(high[0] - low[0], high[1] - low[1])
         if length < long + 20:
             return used
-        start = 12.0
-        x, y = low[0] + start * cos(angle), low[1] + start * sin(angle)
-        steps = int(long // 8) + 1
-        boxes = [
-            Box(x + 8 * i * cos(angle) - 7, y + 8 * i * sin(angle), x + 8 * i * cos(angle) + 7,
-                y + 8 * i * sin(angle) + 16)
-            for i in range(steps)
-        ]  # fmt: skip
-        if not used and any(b.overlap(o) for b in boxes for o in self.taken):
+        spots = [
+            (low[0] + start * cos(angle), low[1] + start * sin(angle))
+            for start in range(12, int(length - long), 12)
+        ]
+        costs = [sum(self._cost(b) for b in _along(*spot, angle, long)) for spot in spots]
+        best = min(range(len(spots)), key=lambda i: (costs[i] > SLIGHT, costs[i] + i))
+        if not used and costs[best] > SLIGHT:
             return False
-        self.taken.extend(boxes)
+        x, y = spots[best]
+        self.taken.extend(_along(x, y, angle, long))
         off = 4.0
         self.text(x - off * sin(angle), y + off * cos(angle), text, rotation=degrees(angle),
-                   rotation_mode="anchor", ha="left", va="bottom",
-                   color=self.ink if used else self.muted)  # fmt: skip
+                  rotation_mode="anchor", ha="left", va="bottom",
+                  color=self.ink if used else self.muted)  # fmt: skip
         return True
 
     def line(self, xs: tuple[float, float], ys: tuple[float, float]) -> None:

@@ -148,7 +148,7 @@ class Drawing:
             if ys[1] > box.top / 1.6 or xs[0] >= xs[1]:
                 continue
             if r.used:
-                self._roof(xs, ys, True)
+                self._roof(xs, ys, 1.0 if r.name in self.machine.caches else 1.8)
             spans.append((r, xs))
         corner = min(max(highest / steepest, box.left), box.right)
         edge = [min(x * steepest, highest) for x in (box.left, corner, box.right)]
@@ -227,9 +227,7 @@ class Drawing:
         labels.take(first, y - 9, x, y + 9)
 
     def _legend(self) -> None:
-        """Upper left, where no run can be."""
-        labels = self.labels
-        left, top = labels.frame.left + 14, labels.frame.top - 16
+        """Upper left, where no run can be, or lower right, where few are."""
         rows: list[list[tuple[str, str, bool, str]]] = [
             [("o", colour, True, name) for name, colour in self.colour.items()]
         ]
@@ -240,29 +238,31 @@ class Drawing:
         if self.dashed:
             rows.append([("--", INK, False, "roof as calibrated")])
         rows.append([("", MUTED, False, "area: share of the seconds")])
-        widest = left
+        wide = max(sum(width(text) + 26 for *_, text in row) for row in rows)
+        box = self.labels.corner(wide, 17.0 * len(rows) + 8)
         for i, row in enumerate(rows):
-            x, y = left, top - 17 * i
+            x, y = box.left + 10, box.top - 14 - 17 * i
             for shape, colour, filled, text in row:
-                if shape == "--":
-                    (x0, y0), (x1, _) = labels.data(x - 6, y), labels.data(x + 12, y)
-                    self.axes.plot([x0, x1], [y0, y0], color=colour, linewidth=1.1, dashes=(4, 3))
-                elif shape:
-                    dx, dy = labels.data(x, y)
-                    self.axes.plot([dx], [dy], marker=shape, markersize=8, linestyle="none",
-                                   markerfacecolor=colour if filled else "none",
-                                   markeredgecolor=colour, markeredgewidth=1.4)  # fmt: skip
-                start = x - 5 if not shape else x + (17 if shape == "--" else 10)
-                labels.text(start, y - 3.5, text, color=colour if shape == "o" else MUTED)
-                x = start + width(text) + 16
-                widest = max(widest, x)
-        labels.take(left - 10, top - 17 * len(rows) + 6, widest - 12, top + 10)
+                x = self._key(x, y, shape, colour, filled, text)
 
-    def _roof(self, xs: tuple[float, float], ys: tuple[float, float], used: bool) -> None:
-        self.axes.plot(
-            xs, ys, color=INK if used else MUTED, linewidth=1.8 if used else 0.8, zorder=2,
-            solid_capstyle="round",
-        )  # fmt: skip
+    def _key(self, x: float, y: float, shape: str, colour: str, filled: bool, text: str) -> float:
+        """One entry of the legend at pixels; returns where the next one starts."""
+        labels = self.labels
+        if shape == "--":
+            (x0, y0), (x1, _) = labels.data(x - 6, y), labels.data(x + 12, y)
+            self.axes.plot([x0, x1], [y0, y0], color=colour, linewidth=1.1, dashes=(4, 3))
+        elif shape:
+            dx, dy = labels.data(x, y)
+            self.axes.plot([dx], [dy], marker=shape, markersize=8, linestyle="none",
+                           markerfacecolor=colour if filled else "none",
+                           markeredgecolor=colour, markeredgewidth=1.4)  # fmt: skip
+        start = x - 5 if not shape else x + (17 if shape == "--" else 10)
+        labels.text(start, y - 3.5, text, color=colour if shape == "o" else MUTED)
+        return start + width(text) + 16
+
+    def _roof(self, xs: tuple[float, float], ys: tuple[float, float], wide: float) -> None:
+        colour = INK if wide >= 1 else MUTED
+        self.axes.plot(xs, ys, color=colour, linewidth=wide, zorder=2, solid_capstyle="round")
         self.labels.line(xs, ys)
 
     def _roof_labels(self, spans: list[tuple[Roof, tuple[float, float]]]) -> None:
@@ -272,7 +272,7 @@ class Drawing:
             ys = (r.rate, r.rate) if r.flat else (xs[0] * r.rate, xs[1] * r.rate)
             label = self.labels.flat if r.flat else self.labels.slope
             if label(text, xs, r.rate, r.used) and not r.used:
-                self._roof(xs, ys, False)
+                self._roof(xs, ys, 0.8)
 
     def _measured(self) -> None:
         """A diamond for each phase that was really run: all its operations in those seconds."""
@@ -291,8 +291,13 @@ class Drawing:
     def _callout(self) -> None:
         """A box with a line to the op class that the narrowest resource holds up most."""
         narrow = self.bound.narrowest
-        mine = [p for p in self.now if p.narrowest == narrow] or self.now
-        worst = max(mine, key=lambda p: p.seconds)
+        _, phase, op = max(
+            (row.seconds, phase.name, row.op)
+            for phase in self.bound.phases
+            for row in phase.rows
+            if row.resource == narrow
+        )
+        worst = next(p for p in self.now if (p.phase, p.op) == (phase, op))
         part = units.percent(worst.seconds / self.bound.seconds)
         rows = [
             f"narrowest: {words.resource(narrow, self.machine)}",
