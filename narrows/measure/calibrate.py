@@ -179,9 +179,7 @@ class _Fit:
         return replace(found, **{n: float(f"{getattr(found, n):.4g}") for n in self.free})
 
 
-def _fit_class(
-    name: str, rows: Rows, machine: Machine, seed: int
-) -> Calibration:  # fmt: skip
+def _fit_class(name: str, rows: Rows, machine: Machine, seed: int, tiled: bool) -> Calibration:
     kind = str(rows.kind[0])
     shapes = len(np.unique(rows.same()))
     if shapes < LEAST_SHAPES:
@@ -193,7 +191,7 @@ def _fit_class(
         rows = rows.take(np.sort(np.random.default_rng(seed).permutation(len(rows))[:MOST_ROWS]))
     plain = _Fit(Calibration(name), _free(kind, False, rows), rows, machine).run()
     best, least = plain, plain[0] * WORTH
-    for tiles in TILES.get(kind, ()) if machine.units else ():
+    for tiles in TILES.get(kind, ()) if tiled and machine.units else ():
         start = Calibration(name, tiles=tiles)
         found = _Fit(start, _free(kind, True, rows), rows, machine).run()
         if found[0] < least:
@@ -220,12 +218,14 @@ def split(rows: Rows, share: float, seed: int) -> np.ndarray:
 
 def fit(
     profile: Profile, machine: Machine, *, share: float = 0.8, seed: int = 0,
-    unseen: Profile | None = None, era: str = "", progress: Progress | None = None,
+    unseen: Profile | None = None, era: str = "", tiled: bool = True,
+    progress: Progress | None = None,
 ) -> Machine:  # fmt: skip
     """The machine calibrated to a profile, one calibration an op class it has rows of.
 
     share: of the different shapes that are fitted on; the error of a calibration is that on the
-    rest, or on `unseen` where given (rows of other models, say). Raises NarrowsError for a class
+    rest, or on `unseen` where given (rows of other models, say). era: of which time the kernels
+    are. tiled: whether the law of tiles and waves may be chosen. Raises NarrowsError for a class
     with too few shapes, and where scipy is not installed.
     """
     try:
@@ -242,7 +242,7 @@ def fit(
         if progress:
             progress(i / len(wanted), f"fitting {name}")
         fitted = rows.take(chosen & (names == name))
-        found = _fit_class(name, fitted, machine, seed)
+        found = _fit_class(name, fitted, machine, seed, tiled)
         found = replace(found, n=len(fitted), source=profile.source, era=era)
         machine = machine.calibrated(found)
         rest = other.take((theirs == name) & (~chosen if unseen is None else True))
