@@ -137,8 +137,7 @@ def status(entry: Entry) -> str:
     inconclusive, or waits for a GPU. `works`: all claims run, some not reproduced, each with its
     reason. `proven`: all reproduced.
     """
-    target = entry.target.partition(":")[0]
-    if not target or not _exists(target):
+    if not is_built(entry):
         return "planned"
     wanted = _claims(entry.key)
     if not wanted:
@@ -153,6 +152,12 @@ def status(entry: Entry) -> str:
     if not missed:
         return "proven"
     return "works" if all(r.explained for r in missed) else "built"
+
+
+def is_built(entry: Entry) -> bool:
+    """Whether its module exists, whatever its evidence says."""
+    module = entry.target.partition(":")[0]
+    return bool(module) and _exists(module)
 
 
 def _claims(key: str) -> tuple[str, ...]:
@@ -189,7 +194,7 @@ def built(role: str | None = None) -> tuple[Entry, ...]:
     """Systems that can be loaded, of one role where it is given."""
     if role is not None and role not in ROLES:
         raise unknown("role", role, ROLES)
-    return tuple(e for e in entries() if role in (None, e.role) and status(e) == "built")
+    return tuple(e for e in entries() if role in (None, e.role) and is_built(e))
 
 
 def load(key: str) -> type[Method]:
@@ -201,7 +206,7 @@ def load(key: str) -> type[Method]:
     from narrows.core.method import Method
 
     entry = get(key)
-    if status(entry) != "built":
+    if not is_built(entry):
         raise NarrowsError(
             f"{key} is planned and not built yet; `narrows methods` says which systems are"
         )

@@ -11,31 +11,32 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from rich.table import Table
 from rich.text import Text
 
 from narrows import index
 from narrows.report import units, words
+from narrows.report.tables import WIDE, grid, plain, say, strong
+from narrows.report.verdicts import claim_teller, verdicts
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from narrows.core.bound import Bound, PhaseBound
     from narrows.core.machine import Machine
     from narrows.report.model import Option, Proof, Report
 
-WIDE = 96
-"""Characters from which all columns are shown."""
-
 BAR = 12
 """Characters of a share of 100 %."""
 
 
+__all__ = [
+    "bound", "calibration", "claim_teller", "here", "machine", "machines", "methods", "options",
+    "proof", "report", "validation", "verdicts",
+]  # fmt: skip
+
 SHOWN = 12
 """Refused rows that are shown one by one."""
-
-NAMES = ("machine", "key", "op class", "memory", "status", "phase", "held up by")
-"""Columns that hold one short name, which is not broken."""
 
 
 class Checked(Protocol):
@@ -44,47 +45,18 @@ class Checked(Protocol):
     def as_dict(self) -> Mapping[str, Any]: ...
 
 
-def _table(*columns: str, title: str = "") -> Table:
-    """A table without lines; a column whose name starts with `>` is set to the right."""
-    table = Table(
-        box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim", title=title or None,
-        title_justify="left", title_style="bold",
-    )  # fmt: skip
-    for name in columns:
-        right = name.startswith(">")
-        table.add_column(
-            name.removeprefix(">"), justify="right" if right else "left",
-            no_wrap=right or name in NAMES, overflow="fold",
-        )  # fmt: skip
-    return table
-
-
-def _plain(*cells: object) -> list[Text]:
-    """Cells as they are: nothing of a user's is read as markup."""
-    return [cell if isinstance(cell, Text) else Text(str(cell)) for cell in cells]
-
-
-def _strong(text: str, style: str = "bold") -> Text:
-    return Text(text, style=style)
-
-
-def _say(console: Console, *sentences: str) -> None:
-    for sentence in filter(None, sentences):
-        console.print(Text(sentence), soft_wrap=False)
-
-
 # --- bound -----------------------------------------------------------------------------------
 
 
 def bound(console: Console, found: Bound) -> None:
     """The verdict, then each phase by op class, then what fits."""
-    console.print(_strong(words.limits(found)))
-    _say(console, words.headroom(found))
+    console.print(strong(words.limits(found)))
+    say(console, words.headroom(found))
     for phase in found.phases:
         console.print()
         _phase(console, phase)
     console.print()
-    _say(console, words.fits(found))
+    say(console, words.fits(found))
     _levels(console, found)
 
 
@@ -102,7 +74,7 @@ def _phase(console: Console, phase: PhaseBound) -> None:
         head.append(f", at most {units.joules(phase.energy_joules)}")
     console.print(head)
     columns = ["op class", "held up by", ">seconds", ">share", ""]
-    table = _table(*columns, *([">moves or does", ">least"] if wide else []))
+    table = grid(*columns, *([">moves or does", ">least"] if wide else []))
     shown = [row for row in phase.rows if row.share >= 0.005] or list(phase.rows[:1])
     for row in shown:
         style = "bold" if row.resource == phase.narrowest else ""
@@ -115,22 +87,22 @@ def _phase(console: Console, phase: PhaseBound) -> None:
             call = row.unit == "call"
             need = f"{units.number(row.need)} calls" if call else units.rate(row.need, row.unit)
             cells += [need, "" if call else units.seconds(row.limit)]
-        table.add_row(*_plain(*cells))
+        table.add_row(*plain(*cells))
     rest = [row for row in phase.rows if row not in shown and row.seconds > 0]
     if rest:
         spent = sum(row.seconds for row in rest)
         share = sum(row.share for row in rest)
-        table.add_row(*_plain(f"{len(rest)} more", "", units.seconds(spent), units.percent(share)))
+        table.add_row(*plain(f"{len(rest)} more", "", units.seconds(spent), units.percent(share)))
     console.print(table)
 
 
 def _levels(console: Console, found: Bound) -> None:
-    table = _table("memory", "phase", ">needs", ">has", "of it")
+    table = grid("memory", "phase", ">needs", ">has", "of it")
     for phase in found.phases:
         for level in phase.levels:
             parts = sorted(level.parts.items(), key=lambda item: -item[1])[:3]
             table.add_row(
-                *_plain(
+                *plain(
                     level.resource, phase.name,
                     Text(units.count_bytes(level.need), style="red" if level.fits is False else ""),
                     units.count_bytes(level.have),
@@ -152,17 +124,17 @@ def options(console: Console, found: Sequence[Option]) -> None:
     wide = console.width >= WIDE
     ranked = sorted(found, key=lambda o: -o.gain)
     price = ["quality at risk", "training", "memory"] if wide else []
-    table = _table("technique", ">gain", ">request", *price, "here")
+    table = grid("technique", ">gain", ">request", *price, "here")
     for option in ranked:
         helps = option.gain >= 1.01
         cells: list[object] = [
-            _strong(words.name(option), "bold" if helps else ""),
-            _strong(units.times(option.gain), "bold green" if helps else "dim"),
+            strong(words.name(option), "bold" if helps else ""),
+            strong(units.times(option.gain), "bold green" if helps else "dim"),
             units.seconds(option.seconds),
         ]
         if wide:
             cells += [option.price.quality, option.price.training, option.price.memory]
-        table.add_row(*_plain(*cells, option.reason))
+        table.add_row(*plain(*cells, option.reason))
     console.print(table)
     top = words.best(list(ranked))
     if top is None:
@@ -170,45 +142,43 @@ def options(console: Console, found: Sequence[Option]) -> None:
     console.print()
     if not wide:
         paid = f"quality: {top.price.quality}; training: {top.price.training}; "
-        _say(console, f"Price of {top.key}: {paid}memory: {top.price.memory}.")
-    _say(console, f"Predicted gain of the whole request; narrows apply --with {words.name(top)} "
-         "does it for real.")  # fmt: skip
+        say(console, f"Price of {top.key}: {paid}memory: {top.price.memory}.")
+    how = f"narrows apply --with {words.name(top)} does it for real"
+    say(console, f"Predicted gain of the whole request; {how}.")
 
 
 def proof(console: Console, found: Proof) -> None:
     """What was measured beside what was predicted, and what it cost in quality."""
-    console.print(_strong(words.proves(found)))
-    table = _table(f"a step of {found.phase}", ">seconds", ">bytes held")
+    console.print(strong(words.proves(found)))
+    table = grid(f"a step of {found.phase}", ">seconds", ">bytes held")
     table.add_row(
-        *_plain(
-            "as it is", units.seconds(found.dense_seconds), units.count_bytes(found.dense_bytes)
-        )
+        *plain("as it is", units.seconds(found.dense_seconds), units.count_bytes(found.dense_bytes))
     )
     table.add_row(
-        *_plain(
+        *plain(
             f"with {words.name(found)}", units.seconds(found.technique_seconds),
             units.count_bytes(found.technique_bytes),
         )
     )  # fmt: skip
     for name, seconds in found.peers.items():
-        table.add_row(*_plain(name, units.seconds(seconds), ""))
+        table.add_row(*plain(name, units.seconds(seconds), ""))
     console.print(table)
-    _say(console, f"{found.repeats} interleaved repeats, spread {units.percent(found.spread)}.")
+    say(console, f"{found.repeats} interleaved repeats, spread {units.percent(found.spread)}.")
     if found.quality:
         console.print()
         _quality(console, found)
-    _say(console, found.note)
+    say(console, found.note)
 
 
 def _quality(console: Console, found: Proof) -> None:
-    table = _table("quality, 95 % intervals", "as it is", f"with {found.key}", "at equal bytes")
+    table = grid("quality, 95 % intervals", "as it is", f"with {found.key}", "at equal bytes")
     for row in found.quality:
         others = "\n".join(
             f"{name}: {words.interval(row, figure)}" for name, figure in row.baselines.items()
         )
         sign = "higher" if row.better == "higher" else "lower"
         table.add_row(
-            *_plain(
+            *plain(
                 f"{row.name} ({sign} is better)", words.interval(row, row.dense),
                 words.interval(row, row.technique), others,
             )
@@ -235,19 +205,19 @@ def report(console: Console, told: Report) -> None:
 
 def machine(console: Console, found: Machine) -> None:
     """What a machine has, where the figures are from, and how it is calibrated."""
-    console.print(_strong(f"{found.name}: {found.title}"))
-    _say(console, found.note)
+    console.print(strong(f"{found.name}: {found.title}"))
+    say(console, found.note)
     wide = console.width >= WIDE
-    table = _table("resource", ">has", *(["source"] if wide else []))
+    table = grid("resource", ">has", *(["source"] if wide else []))
     for held in found.resources.values():
         cells: list[object] = [held.name, units.rate(held.capacity, held.unit)]
-        table.add_row(*_plain(*cells, *([held.source or found.source] if wide else [])))
+        table.add_row(*plain(*cells, *([held.source or found.source] if wide else [])))
     for link in found.links.values():
         has = units.rate(link.bandwidth, "byte/s")
         if link.latency:
             has += f" + {units.seconds(link.latency)}"
         cells = [f"{link.name} (link of {link.peers})", has]
-        table.add_row(*_plain(*cells, *([link.source or found.source] if wide else [])))
+        table.add_row(*plain(*cells, *([link.source or found.source] if wide else [])))
     console.print(table)
     console.print()
     _calibrations(console, found)
@@ -255,26 +225,26 @@ def machine(console: Console, found: Machine) -> None:
 
 def _calibrations(console: Console, found: Machine) -> None:
     if not found.calibrations:
-        _say(console, "Not calibrated: bounds are of the datasheet, expect 30-80 % optimism.")
+        say(console, "Not calibrated: bounds are of the datasheet, expect 30-80 % optimism.")
         return
-    table = _table("calibrated", ">compute", ">memory", ">fixed", ">rows", ">median", ">p90")
+    table = grid("calibrated", ">compute", ">memory", ">fixed", ">rows", ">median", ">p90")
     for name, c in found.calibrations.items():
         table.add_row(
-            *_plain(
+            *plain(
                 words.op_class(name), units.percent(c.compute), units.percent(c.memory),
                 units.seconds(c.fixed), c.n, units.percent(c.error.median if c.error else None),
                 units.percent(c.error.p90 if c.error else None),
             )
         )  # fmt: skip
     console.print(table)
-    _say(console, "Median and p90 errors are on rows that were not fitted on.")
+    say(console, "Median and p90 errors are on rows that were not fitted on.")
 
 
 def machines(console: Console, found: Iterable[Machine]) -> None:
     """The catalogue, a line each."""
     wide = console.width >= WIDE
     more = (["title", ">year"], [">fitted"]) if wide else ([], [])
-    table = _table("machine", *more[0], ">compute", ">memory", ">capacity", *more[1])
+    table = grid("machine", *more[0], ">compute", ">memory", ">capacity", *more[1])
     for m in found:
         rates = {n: r for n, r in m.resources.items() if n.startswith("compute.")}
         # The rate people compare: of 16-bit floats, else of the widest that is there.
@@ -283,8 +253,8 @@ def machines(console: Console, found: Iterable[Machine]) -> None:
             next(iter(rates.values())),
         )
         table.add_row(
-            *_plain(
-                _strong(m.name), *([m.title, m.year or units.UNKNOWN] if wide else []),
+            *plain(
+                strong(m.name), *([m.title, m.year or units.UNKNOWN] if wide else []),
                 f"{units.rate(chosen.capacity, chosen.unit)} {words.short(chosen.name):4}",
                 units.rate(m.bandwidth("device"), "byte/s"),
                 units.count_bytes(m.capacity("device")),
@@ -293,7 +263,8 @@ def machines(console: Console, found: Iterable[Machine]) -> None:
         )  # fmt: skip
     console.print(table)
     if wide:
-        _say(console, "", "Fitted: op classes whose constants come from measured rows.")
+        console.print()
+        say(console, "Fitted: op classes whose constants come from measured rows.")
 
 
 def methods(console: Console, found: Sequence[index.Entry]) -> None:
@@ -302,20 +273,19 @@ def methods(console: Console, found: Sequence[index.Entry]) -> None:
         console.print("No system answers to these words; narrows methods lists all of them.")
         return
     wide = console.width >= WIDE
-    table = _table(
-        "key", "folder", "role", "relieves", "status", *(["what it does"] if wide else [])
-    )
+    table = grid("key", "folder", "role", "relieves", "status", *(["what it does"] if wide else []))
     for entry in found:
         status = index.status(entry)
         cells: list[object] = [
-            _strong(entry.key), entry.folder, entry.role, entry.relieves,
-            _strong(status, "green" if status != "planned" else "dim"),
+            strong(entry.key), entry.folder, entry.role, entry.relieves,
+            strong(status, "green" if status != "planned" else "dim"),
         ]  # fmt: skip
-        table.add_row(*_plain(*cells, *([entry.what] if wide else [])))
+        table.add_row(*plain(*cells, *([entry.what] if wide else [])))
     console.print(table)
     ready = sum(index.status(entry) != "planned" for entry in found)
     one = "system" if len(found) == 1 else "systems"
-    _say(console, "", f"{len(found)} {one}, {ready} built.")
+    console.print()
+    say(console, f"{len(found)} {one}, {ready} built.")
 
 
 # --- calibration and validation --------------------------------------------------------------
@@ -325,13 +295,13 @@ def calibration(console: Console, fitted: Machine, refused: Sequence[Any], out: 
     """What was fitted, what was refused, and where it was written."""
     _calibrations(console, fitted)
     _refused(console, refused)
-    _say(console, f"Written to {out}.")
+    say(console, f"Written to {out}.")
 
 
 def validation(console: Console, checked: Checked) -> None:
     """Errors of a machine's predictions against measured rows."""
     figures = checked.as_dict()
-    table = _table("rows", ">n", ">median", ">mean", ">p90")
+    table = grid("rows", ">n", ">median", ">mean", ">p90")
     _errors(table, "all", figures)
     for name, value in figures.items():
         if isinstance(value, Mapping):
@@ -340,7 +310,7 @@ def validation(console: Console, checked: Checked) -> None:
                 if isinstance(row, Mapping):
                     _errors(table, str(inner).replace("_", " "), row)
     console.print(table)
-    _say(console, "Absolute relative error of predicted against measured seconds.")
+    say(console, "Absolute relative error of predicted against measured seconds.")
     _refused(console, figures.get("refused", ()))
 
 
@@ -351,14 +321,14 @@ def here(console: Console, checked: Any) -> None:
     """
     validation(console, checked)
     console.print()
-    table = _table("workload", "held up by", ">seconds", ">error", ">spread", "")
+    table = grid("workload", "held up by", ">seconds", ">error", ">spread", "")
     for row in sorted(checked.rows, key=lambda row: -row.error):
         style = "" if row.quiet else "dim"
         cells = (
             row.name, words.short(row.narrowest), units.seconds(row.seconds),
             units.percent(row.error), units.percent(row.spread), "" if row.quiet else "not quiet",
         )  # fmt: skip
-        table.add_row(*_plain(*cells), style=style)
+        table.add_row(*plain(*cells), style=style)
     console.print(table)
     console.print()
     told = {
@@ -373,7 +343,7 @@ def here(console: Console, checked: Any) -> None:
 def _errors(table: Table, name: str, row: Mapping[str, Any]) -> None:
     if "median_ape" in row:
         cells = (row.get("median_ape"), row.get("mean_ape"), row.get("p90_ape"))
-        table.add_row(*_plain(name, row.get("n", ""), *(units.percent(cell) for cell in cells)))
+        table.add_row(*plain(name, row.get("n", ""), *(units.percent(cell) for cell in cells)))
 
 
 def _refused(console: Console, refused: Sequence[Any]) -> None:
@@ -381,9 +351,9 @@ def _refused(console: Console, refused: Sequence[Any]) -> None:
     if not refused:
         return
     rows = "row" if len(refused) == 1 else "rows"
-    console.print(_strong(f"Refused {len(refused)} {rows}:", "bold red"))
+    console.print(strong(f"Refused {len(refused)} {rows}:", "bold red"))
     for row in list(refused)[:SHOWN]:
         told = row if isinstance(row, Mapping) else asdict(row)
-        _say(console, f"  {told['file']}:{told['row']}: {told['reason']}")
+        say(console, f"  {told['file']}:{told['row']}: {told['reason']}")
     if len(refused) > SHOWN:
-        _say(console, f"  and {len(refused) - SHOWN} more; --json gives all of them")
+        say(console, f"  and {len(refused) - SHOWN} more; --json gives all of them")

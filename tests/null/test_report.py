@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 
 import pytest
 from hypothesis import given
@@ -13,6 +14,8 @@ from rich.console import Console
 
 from narrows import index
 from narrows.core.calibration import Error
+from narrows.core.claim import Claim
+from narrows.evidence import Result
 from narrows.machines.load import catalogue
 from narrows.report import text, units, words
 from narrows.report.points import points, roofs
@@ -194,3 +197,24 @@ def test_table_of_a_calibration() -> None:
     assert "attention (decode)" in got
     assert "out.toml" in got
     assert Error.of([1.0], [1.0]).n == 1
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_tables_of_verdicts(width: int) -> None:
+    claim = Claim("decode_gain", (3.0, float("inf")), "times faster", "", "", "measured", float)
+    results = [
+        Result("decode_gain", 1, "reproduced", 3.61, "times faster", (3.0, inf), (3.5, 3.7)),
+        Result("f1", 1, "not-reproduced", 30.0, "F1", 33.36, reason=reports.NASTY, explained=True),
+        Result("on_a_gpu", 1, "needs-gpu", None, "tokens", 380e3, reason="needs a GPU"),
+    ]  # fmt: skip
+
+    def draw(console: Console) -> None:
+        tell = text.claim_teller(console)
+        for result in results:
+            tell("snapkv", claim, result)
+        text.verdicts(console, results)
+
+    joined = " ".join(shown(draw, width).split())
+    for needed in ("decode gain", "at least 3.00", "3.610", "needs gpu", "[bold]x[/bold]",
+                   "3 claims: 1 reproduced", "1 of the misses explained"):  # fmt: skip
+        assert needed in joined
