@@ -25,9 +25,11 @@ STAGED = frozenset({"matmul", "conv", "attention_prefill", "attention_decode"})
 """Op classes whose kernels pack or reorder their operands before they compute (Goto and van de
 Geijn 2008): there the seconds of memory and of arithmetic add, elsewhere they overlap."""
 
-SPLIT: Mapping[str, float] = {"pointwise": 1, "copy": 1, "reduce": 1, "rope": 1, "optimizer": 1}
-"""Op classes that run on one core below a grain of elements (`wake.grain`), as a multiple of
-it. The others always wake all cores, which their fixed cost then holds."""
+SPLIT: Mapping[str, float] = {
+    "pointwise": 1, "copy": 1, "reduce": 1, "rope": 1, "optimizer": 1, "softmax": 1 / 16,
+}  # fmt: skip
+"""Op classes that run on one core up to a grain of elements (`wake.grain`), as a multiple of it.
+Norms do up to one row. The others always wake all cores, which their fixed cost then holds."""
 
 WAKE, FAULTS = "wake", "faults"
 """Rates: times a second that all cores can be woken; bytes a second of newly mapped memory.
@@ -119,12 +121,17 @@ def standing_bytes(workload: Workload, phase: Phase) -> Number:
 def wake_seconds(workload: Workload, op: Op, machine: Machine) -> Number:
     """Seconds to wake the other cores for one run of an op; 0 where it runs on one."""
     rate, grain = machine.resources.get(WAKE), machine.resources.get(f"{WAKE}.grain")
-    if rate is None or grain is None or op.kind not in SPLIT:
+    if rate is None or grain is None or not (op.kind in SPLIT or op.kind == "norm"):
         return 0.0
     most: Number = 0.0
+    row: Number = 1.0
     for use in (*op.reads, *op.writes):
-        most = np.maximum(most, workload.tensors[use.tensor].elements(use.at))
-    return np.where(np.asarray(most) > SPLIT[op.kind] * grain.capacity, 1 / rate.capacity, 0.0)
+        tensor = workload.tensors[use.tensor]
+        most = np.maximum(most, tensor.elements(use.at))
+        if tensor.axes:
+            row = np.maximum(row, tensor.extent(next(reversed(tensor.axes))))
+    alone = row if op.kind == "norm" else SPLIT[op.kind] * grain.capacity
+    return np.where(np.asarray(most > alone), 1 / rate.capacity, 0.0)
 
 
 def fault_seconds(workload: Workload, op: Op, machine: Machine, known: set[str]) -> Number:

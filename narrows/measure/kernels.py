@@ -22,9 +22,9 @@ class Loops:
     of an array, again and again. chase(next, steps): follows indices, one load after another.
     """
 
-    triad: Callable[[np.ndarray, np.ndarray, np.ndarray, int], None]
-    read: Callable[[np.ndarray, int], float]
-    chase: Callable[[np.ndarray, int], int]
+    triad: Callable[..., object]
+    read: Callable[[np.ndarray, int], object]
+    chase: Callable[[np.ndarray, int], object]
 
 
 def compiled() -> Loops | None:
@@ -37,13 +37,13 @@ def compiled() -> Loops | None:
     one, three = np.float32(1.0), np.float32(3.0)  # plain literals would widen to float64
 
     @numba.njit(nogil=True, fastmath=True)
-    def triad(a, b, c, times):  # noqa: ANN001, ANN202  # numba infers
+    def triad(a, b, c, times):  # numba infers
         for _ in range(times):
             for i in range(a.size):
                 a[i] = b[i] + three * c[i]
 
     @numba.njit(nogil=True, fastmath=True)
-    def read(a, times):  # noqa: ANN001, ANN202
+    def read(a, times):
         total = one
         for t in range(times):
             part = one
@@ -54,7 +54,7 @@ def compiled() -> Loops | None:
         return total
 
     @numba.njit(nogil=True)
-    def chase(successor, steps):  # noqa: ANN001, ANN202
+    def chase(successor, steps):
         at = 0
         for _ in range(steps):
             at = successor[at]

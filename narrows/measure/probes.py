@@ -6,6 +6,7 @@ import os
 import platform
 import socket
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
@@ -97,33 +98,42 @@ def _count(cpus: str) -> int:
     return total
 
 
-def stream(loops: Loops, size: int, threads: int, seconds: float) -> Stream:
-    """Bandwidth over a footprint of `size` bytes in all, split evenly over the threads.
+def streams(loops: Loops, sizes: list[int], threads: int, seconds: float) -> list[Stream]:
+    """Bandwidth over footprints of so many bytes in all, split evenly over the threads.
 
-    The best of several rounds: a rate that was reached once can be reached.
+    seconds: for each footprint. The best of its rounds counts: what was reached can be reached.
     """
-    share = max(size // threads // 4, 48)
-    single = [np.ones(share, np.float32) for _ in range(threads)]
-    triple = [[np.ones(share // 3, np.float32) for _ in range(3)] for _ in range(threads)]
-    best = {}
-    for name, moved in (("read", share * 4), ("triad", share // 3 * 12)):
+    room = [np.ones(max(sizes) // threads // 4, np.float32) for _ in range(threads)]
+    found: list[Stream] = []
+    for size in sizes:
+        share = max(size // threads // 12, 16) * 3
+        parts = [(a[: share // 3], a[share // 3 : share // 3 * 2], a[share // 3 * 2 : share])
+                 for a in room]  # fmt: skip
+        rates: dict[str, float] = {}
+        for name in ("read", "triad"):
 
-        def call(i: int, times: int, name: str = name) -> None:
-            if name == "read":
-                loops.read(single[i], times)
-            else:
-                loops.triad(*triple[i], times)
+            def work(i: int, times: int, name: str = name, share: int = share,
+                     parts: list[tuple[np.ndarray, ...]] = parts) -> None:  # fmt: skip
+                if name == "read":
+                    loops.read(room[i][:share], times)
+                else:
+                    loops.triad(*parts[i], times)
 
-        times = 1
-        while (took := together(lambda i: call(i, times), threads)) < seconds / 12:  # noqa: B023
-            times = max(times * 2, int(times * seconds / 12 / max(took, 1e-5)))
-        rates = [moved * threads * times / took]
-        end = perf_counter() + seconds / 2 - took
-        while perf_counter() < end or len(rates) < 3:
-            took = together(lambda i: call(i, times), threads)  # noqa: B023
-            rates.append(moved * threads * times / took)
-        best[name] = max(rates)
-    return Stream(size, best["read"], best["triad"])
+            rates[name] = _rate(work, share * 4 * threads, threads, seconds / 2)
+        found.append(Stream(size, rates["read"], rates["triad"]))
+    return found
+
+
+def _rate(work: Callable[[int, int], None], moved: int, threads: int, seconds: float) -> float:
+    """Bytes per second at best of work(thread, times), which moves `moved` bytes a time."""
+    end, times, best = perf_counter() + seconds, 1, 0.0
+    while True:
+        took = together(lambda i: work(i, times), threads)  # noqa: B023  # run at once
+        best = max(best, moved * times / took)
+        if took < min(seconds / 5, 5e-3):  # starting threads must not count
+            times = max(times * 2, int(times * 5e-3 / took))
+        elif perf_counter() > end:
+            return best
 
 
 def knee(streams: list[Stream], near: float, far: float, nominal: float) -> float:
