@@ -114,16 +114,16 @@ class SnapKV(KVTechnique):
 
         Facts and extents may be arrays over cases. The same case where no prompt is long enough.
         """
-        facts = _facts(case)
-        prompt = facts["prompt"]
-        kept = self.budget(prompt)
-        active = np.asarray(prompt > kept, float)
+        prompt = _facts(case)["prompt"]
+        work = case.workload
+        before = work.tensors[KEYS].extent("token")  # what a former step left of the prompt
+        kept = np.minimum(self.budget(prompt), before)
+        active = np.asarray(before > kept, float)
         if not active.any():
             return case
-        work = case.workload
         fresh = _fresh(work)
         tensors, ops = self._selection(work, fresh[KEYS], kept, active)
-        cut = _cut_decode(work, np.minimum(prompt, kept) - prompt)
+        cut = _cut_decode(work, kept - before)
 
         def prefill(op: Op) -> tuple[Op, ...]:
             written = [u.tensor for u in op.writes if u.tensor in fresh]
@@ -254,10 +254,10 @@ def _cut_decode(work: Workload, change: Number) -> _Cut:
         if not reads & (seen | {KEYS, VALUES}):
             continue
         seen |= {u.tensor for u in op.writes} & found.keys()
-        old = op.shape.get("kv", next((found[r].axes["key"] for r in reads & seen), None))
+        old = op.shape.get("kv", next((found[r].extent("key") for r in reads & seen), None))
         if old is None:
             continue
         shape = {n: x + change if np.array_equal(x, old) and n in ("n", "k", "kv") else x
                  for n, x in op.shape.items()}  # fmt: skip
         ops[id(op)] = replace(op, shape=shape, flops=op.flops * (old + change) / old)
-    return _Cut(ops, [found[n].keep(key=found[n].axes["key"] + change) for n in seen])
+    return _Cut(ops, [found[n].keep(key=found[n].extent("key") + change) for n in seen])
