@@ -12,6 +12,8 @@ import numpy as np
 from narrows.core.calibration import UNCALIBRATED_P90
 from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
+from narrows.core.flow import ChannelRow
+from narrows.core.flow import rows as channel_rows
 from narrows.core.fusion import fuse
 from narrows.core.machine import Machine
 from narrows.core.price import PhasePrice, price
@@ -79,7 +81,8 @@ class Bound:
     """The answer of `bound`, by phase.
 
     how: what priced it (`roofline`, `calibrated roofline`, or the machine's own pricer), with
-    the sentence that tells how far to trust it in `trust`.
+    the sentence that tells how far to trust it in `trust`. channels: the narrowest channel of
+    every flow; bits have no seconds, so they take no part in `narrowest`.
     """
 
     workload: str
@@ -89,6 +92,7 @@ class Bound:
     trust: str
     measured_seconds: float | None = None
     measured_ops: Mapping[str, float] = field(default_factory=dict[str, float])
+    channels: tuple[ChannelRow, ...] = ()
 
     @property
     def seconds(self) -> float:
@@ -261,4 +265,5 @@ def bound(case: Case) -> Bound:
     workload = fuse(case.workload, case.plan.fusion)
     phases = tuple(_phase(workload, p, machine) for p in price(workload, machine))
     how, trust = _trust(machine, phases)
-    return Bound(workload.name, machine.name, phases, how, trust)
+    channels = channel_rows(workload, machine)
+    return Bound(workload.name, machine.name, phases, how, trust, channels=channels)

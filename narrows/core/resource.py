@@ -27,7 +27,8 @@ class Resource:
     """One capacity of a machine.
 
     name: dotted and lower-case: `compute.bf16`, `hbm`, `hbm.capacity`, `power`.
-    capacity: in SI units (`flop/s`, `byte/s`, `byte`, `watt`, `bit`); finite and positive.
+    capacity: in SI units (`flop/s`, `byte/s`, `byte`, `watt`, `bit`); finite and positive,
+    a channel's may be zero: a dead layer passes nothing.
     source: where the figure is from: a datasheet, a paper, or "measured <date>".
     """
 
@@ -38,7 +39,8 @@ class Resource:
     source: str = ""
 
     def __post_init__(self) -> None:
-        if not (isfinite(self.capacity) and self.capacity > 0):
+        dead = self.kind is Kind.CHANNEL and self.capacity == 0
+        if not (isfinite(self.capacity) and (self.capacity > 0 or dead)):
             raise NarrowsError(
                 f"resource {self.name!r}: capacity must be finite and above zero, "
                 f"not {self.capacity!r}"
