@@ -18,6 +18,10 @@ ROLES = {
 }  # fmt: skip
 
 
+SHADES = {"weight": 0, "kv": 1, "activation": 2, "saved": 2, "state": 3, "gradient": 3}
+"""Which of the five shades of the page a role has."""
+
+
 def kind(resource: str) -> str:
     """The CSS class that colours a resource."""
     if resource.startswith("compute."):
@@ -109,26 +113,39 @@ def phase_bars(phase: PhaseBound, after: PhaseBound | None, technique: str) -> s
     return f'<div class="bars">{"".join(bars)}</div>'
 
 
-def level_bar(level: LevelRow) -> str:
-    """What one memory holds at the worst moment, by role, against its capacity."""
-    scale = max(level.need, level.have or 0.0) or 1.0
-    parts = sorted(level.parts.items(), key=lambda item: -item[1])
+def level_bar(level: LevelRow, label: str, scale: float) -> str:
+    """What one memory holds at the worst moment, by role; `scale` bytes fill the bar."""
+    parts = sorted(level.parts.items(), key=lambda item: (SHADES.get(item[0], 4), -item[1]))
     inside = "".join(
-        f'<span class="seg role-{i % 5}" style="width:{100 * size / scale:.3f}%" '
+        f'<span class="seg role-{SHADES.get(role, 4)}" style="width:{100 * size / scale:.3f}%" '
         f'title="{escape(f"{ROLES.get(role, role)}: {units.count_bytes(size)}")}">'
         f"{_inside(ROLES.get(role, role), size / scale)}</span>"
-        for i, (role, size) in enumerate(parts)
+        for role, size in parts
         if size > 0
     )
-    if level.have is not None and level.have < level.need:
+    if level.have is not None and level.have < scale:
         edge = 100 * level.have / scale
         inside += f'<span class="edge" style="left:{edge:.3f}%" title="capacity"></span>'
     have = "capacity not known" if level.have is None else f"of {units.count_bytes(level.have)}"
     return (
-        f'<div class="bar"><span class="what">{escape(level.resource)}</span>'
+        f'<div class="bar"><span class="what">{escape(label)}</span>'
         f'<span class="track">{inside}</span>'
         f'<span class="value">{units.count_bytes(level.need)} <small>{have}</small></span></div>'
     )
+
+
+def level_bars(phase: PhaseBound, after: PhaseBound | None, technique: str) -> str:
+    """The memories of a phase, each as it is and with a technique, on one scale."""
+    bars: list[str] = []
+    for level in phase.levels:
+        then = (
+            next((x for x in after.levels if x.resource == level.resource), None) if after else None
+        )
+        scale = max(level.need, level.have or 0.0, then.need if then else 0.0) or 1.0
+        bars.append(level_bar(level, level.resource, scale))
+        if then is not None and abs(then.need - level.need) > 0.001 * level.need:
+            bars.append(level_bar(then, f"with {technique}", scale))
+    return f'<div class="bars">{"".join(bars)}</div>'
 
 
 def whiskers(

@@ -115,6 +115,8 @@ def _cards(report: Report) -> str:
 def _header(report: Report) -> str:
     where = f"{report.bound.workload} on {report.machine.title or report.machine.name}"
     sentences = [words.headroom(report.bound)]
+    if report.bound.fits is False:
+        sentences.append(words.fits(report.bound))
     if report.proof is not None:
         sentences += [words.proves(report.proof), words.costs(report.proof)]
     elif report.options:
@@ -154,9 +156,7 @@ def _roofline(report: Report) -> str:
 def _time(report: Report) -> str:
     parts = [bars.legend(report.bound)]
     for phase in report.bound.phases:
-        after = None
-        if report.after is not None:
-            after = next((p for p in report.after.phases if p.name == phase.name), None)
+        after = _after(report, phase)
         steps = f"{units.number(phase.steps)} steps" if phase.steps != 1 else "one step"
         parts.append(
             f"<h3>{escape(phase.name)} <small>{steps}, {escape(_phase_fact(phase))}</small></h3>"
@@ -166,6 +166,12 @@ def _time(report: Report) -> str:
         f"<details><summary>The numbers of every op class</summary>{_ops(report)}</details>"
     )
     return _section("time", "Where the time goes", *parts)
+
+
+def _after(report: Report, phase: PhaseBound) -> PhaseBound | None:
+    """The same phase with the technique, where there is one."""
+    phases = report.after.phases if report.after is not None else ()
+    return next((p for p in phases if p.name == phase.name), None)
 
 
 def _phase_fact(phase: PhaseBound) -> str:
@@ -269,11 +275,14 @@ def _proof(proof: Proof) -> str:
 
 
 def _fits(report: Report) -> str:
-    parts = [_paragraph(words.fits(report.bound), "lead")]
+    told = words.fits(report.bound)
+    if report.bound.fits is False and report.after is not None and report.after.fits:
+        told += f" With {report.technique} it fits."
+    parts = [_paragraph(told, "lead")]
     for phase in report.bound.phases:
         if phase.levels:
-            held = "".join(bars.level_bar(level) for level in phase.levels)
-            parts.append(f'<h3>{escape(phase.name)}</h3><div class="bars">{held}</div>')
+            held = bars.level_bars(phase, _after(report, phase), report.technique)
+            parts.append(f"<h3>{escape(phase.name)}</h3>{held}")
     return _section("fits", "What fits", *parts)
 
 

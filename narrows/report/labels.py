@@ -120,15 +120,18 @@ class Labels:
         left, line = self.pixel(ends[0], y)
         right = self.frame.right
         wide = width(text)
+        ends_at = range(int(right - 2), int(left + wide), -12) or (int(right - 2),)
         boxes = [
-            Box(end - wide, line + 2, end, line + 4 + SIZE)
-            for end in range(int(right - 2), int(left + wide), -12)
-        ] or [Box(right - 2 - wide, line + 2, right - 2, line + 4 + SIZE)]
-        box = min(boxes, key=lambda b: (self._cost(b), -b.right))
+            Box(end - wide, line + lift - 2, end, line + lift + SIZE)
+            for lift in (4, 11)
+            for end in ends_at
+        ]
+        box = min(boxes, key=lambda b: (self._cost(b), b.bottom, -b.right))
         if not used and self._cost(box) > 0:
             return False
         self.taken.append(box)
-        self.text(box.right, line + 4, text, ha="right", color=self.ink if used else self.muted)
+        colour = self.ink if used else self.muted
+        self.text(box.right, box.bottom + 2, text, ha="right", color=colour)
         return True
 
     def slope(self, text: str, ends: tuple[float, float], slope: float, used: bool) -> bool:
