@@ -122,10 +122,10 @@ def _settings(given: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _traced(target: Target, train: bool) -> Workload:
-    module, args, kwargs = build(target)
+    module, inputs = build(target)
     from narrows.trace.module import trace
 
-    return trace(module, args, kwargs, name=target.name, training=train)
+    return trace(module, inputs, training=train, name=target.name)
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ def _factory(file: Path, name: str) -> Callable[[], Any]:
     return found
 
 
-def build(target: Target) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
-    """Call a factory: (module, positional inputs, keyword inputs)."""
+def build(target: Target) -> tuple[Any, Any]:
+    """Call a factory: (module, inputs), inputs as Workload.of takes them."""
     assert target.factory is not None
     try:
         made = target.factory()
@@ -110,10 +110,7 @@ def build(target: Target) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
         ) from error
     if not (isinstance(made, tuple) and len(made) == 2 and callable(made[0])):
         raise NarrowsError(f"{target.name} must return (module, inputs), not {type(made).__name__}")
-    module, inputs = made
-    if isinstance(inputs, dict):
-        return module, (), inputs
-    return module, tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,), {}
+    return made
 
 
 def read_json(path: Path) -> Any:
