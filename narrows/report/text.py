@@ -35,7 +35,7 @@ __all__ = [
     "proof", "report", "validation", "verdicts",
 ]  # fmt: skip
 
-SHOWN = 12
+SHOWN = 3
 """Refused rows that are shown one by one."""
 
 
@@ -50,6 +50,8 @@ class Checked(Protocol):
 
 def bound(console: Console, found: Bound) -> None:
     """The verdict, then each phase by op class, then what fits."""
+    if found.fits is False:
+        console.print(strong(words.fits(found), "bold red"))
     console.print(strong(words.limits(found)))
     say(console, words.headroom(found))
     for phase in found.phases:
