@@ -184,26 +184,28 @@ def drive(folder: Path, size: int = 64 * MB, block: int = 4 * MB) -> float:
     if direct is None:
         raise OSError("this system has no O_DIRECT")
     handle, name = tempfile.mkstemp(prefix=".narrows-drive-", dir=folder)
-    buffer = mmap(-1, block)  # mmap gives pages: O_DIRECT wants aligned memory
     try:
-        chunk = os.urandom(block)
-        for _ in range(size // block):
-            os.write(handle, chunk)
-        os.fsync(handle)
-        os.close(handle)
-        handle = os.open(name, os.O_RDONLY | direct)
+        with os.fdopen(handle, "wb", buffering=0) as file:
+            chunk = os.urandom(block)
+            for _ in range(size // block):
+                file.write(chunk)
+            os.fsync(file.fileno())
         rates: list[float] = []
-        for _ in range(3):
-            os.lseek(handle, 0, os.SEEK_SET)
-            begin = perf_counter()
-            read = 0
-            while (got := os.readv(handle, [buffer])) > 0:
-                read += got
-            rates.append(read / (perf_counter() - begin))
+
+        def past_the_cache(path: str, flags: int) -> int:
+            return os.open(path, flags | direct)
+
+        # mmap gives pages: O_DIRECT wants aligned memory
+        with mmap(-1, block) as buffer:
+            for _ in range(3):
+                with open(name, "rb", buffering=0, opener=past_the_cache) as file:
+                    begin = perf_counter()
+                    read = 0
+                    while (got := file.readinto(buffer)) > 0:
+                        read += got
+                    rates.append(read / (perf_counter() - begin))
         return max(rates)
     finally:
-        os.close(handle)
-        buffer.close()
         Path(name).unlink(missing_ok=True)
 
 
