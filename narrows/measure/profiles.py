@@ -199,7 +199,8 @@ def _against(rows: Rows, machine: Machine, why: _Reasons) -> None:
         return
     fast = rows.seconds * (1 + ALLOWED) + rows.resolution < limit
     for i in np.flatnonzero(fast):
-        what = "do the arithmetic" if compute[i] >= moved[i] else "move the bytes"
+        arithmetic = compute[i] >= moved[i]
+        what = "do the arithmetic" if arithmetic else "move the bytes (a cache may have held some)"
         unit = "; milliseconds given as microseconds?" if limit[i] > 50 * rows.seconds[i] else ""
         why.told[standing[i]] = (
             f"faster than the physical limit: {rows.item[i] or rows.kind[i]} took "

@@ -57,7 +57,8 @@ def read(table: Table) -> tuple[Rows, dict[int, str]]:
     for line in table.lines[short]:
         refused[int(line)] = "n counts the keys that the last query sees, so it is at least m"
     flops, moved = _or(table, "flops", flops), _or(table, "bytes", moved)
-    empty = (flops == 0) & (moved == 0)
+    sane = np.all([np.isfinite(v) & (v >= 0) for v in sizes.values()], axis=0)
+    empty = sane & (flops == 0) & (moved == 0)
     for line, kind in zip(table.lines[empty], kinds[empty], strict=True):
         told = ", ".join(SHAPES.get(str(kind), ()))
         refused.setdefault(int(line), f"no work: give {told and told + ', or '}flops and bytes")
