@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from narrows.core.claim import Figure, Inconclusive, claim
 from narrows.core.plan import Plan
 from narrows.core.tensor import Number
 from narrows.core.workload import Op, Phase, Workload
+from narrows.kv._base import Prompt
 from narrows.kv.snapkv import KEYS, VALUES, SnapKV
 from narrows.machines.load import load
 from narrows.trace.llm import llm
@@ -33,8 +35,91 @@ ABSTRACT = "abstract"
 CARD = "systems/kv_cache.md, card snapkv, works when"
 ROOT = Path(__file__).parents[2]
 ANSWERS = 1024
+PAPER_DEFAULTS = {"capacity": 2048, "window": 32, "kernel": 5, "pool": "avg"}
+"""Of the official code's configuration (snapkv_utils.py, init_snapkv)."""
+
+
+@contextmanager
+def mutant() -> Iterator[str]:
+    """Votes of the prompt's first tokens instead of its last; the claim that must notice."""
+    from narrows.kv import select_torch
+
+    sound = select_torch.window_votes
+
+    def broken(prompt: Prompt, window: int, kernel: int, pool: str) -> Any:
+        return sound(replace(prompt, queries=prompt.queries.flip(2)), window, kernel, pool)
+
+    select_torch.window_votes = broken
+    try:
+        yield kept_tokens_are_those_of_the_definition.name
+    finally:
+        select_torch.window_votes = sound
+
 
 # --- exact ---------------------------------------------------------------------------------------
+
+
+def by_definition(
+    queries: np.ndarray, keys: np.ndarray, scaling: float, technique: SnapKV
+) -> list[list[int]]:
+    """Positions each KV head keeps of one prompt, ascending: the mechanism written out, float64.
+
+    queries: (heads, tokens, head_dim), keys: (kv_heads, tokens, head_dim).
+    """
+    (heads, tokens, _), kv_heads = queries.shape, keys.shape[0]
+    kept = int(technique.budget(tokens))
+    if kept == tokens:
+        return [list(range(tokens)) for _ in range(kv_heads)]
+    group, half = heads // kv_heads, technique.kernel // 2
+    prefix = tokens - technique.window
+    pooled = np.zeros((heads, prefix))
+    for head in range(heads):
+        votes = np.zeros(prefix)
+        for row in range(prefix, tokens):
+            scores = keys[head // group, : row + 1] @ queries[head, row] * scaling
+            weights = np.exp(scores - scores.max())
+            votes += (weights / weights.sum())[:prefix]
+        for i in range(prefix):
+            near = votes[max(i - half, 0) : i + half + 1]
+            pooled[head, i] = near.max() if technique.pool == "max" else (
+                near.sum() / technique.kernel)  # fmt: skip
+    chosen: list[list[int]] = []
+    for head in range(kv_heads):
+        mean = sum(pooled[head * group + i] for i in range(group)) / group
+        best = np.argsort(-mean, kind="stable")[: kept - technique.window]
+        chosen.append(sorted(int(i) for i in best) + list(range(prefix, tokens)))
+    return chosen
+
+
+@claim(
+    expected=1.0, unit="share of tokens", how="exact", cost=2.0, needs=("torch",),
+    source="algorithm listing of the paper; votes averaged over a KV head's queries",
+    setting="random queries and keys, 2 prompts of 200 and 140 tokens in one padded batch",
+    control="mutant(): votes of the first tokens instead of the last",
+)  # fmt: skip
+def kept_tokens_are_those_of_the_definition() -> float:
+    """Share of the tokens kept by definition that SnapKV keeps, padded rows as if alone."""
+    import torch
+
+    made = torch.Generator().manual_seed(0)
+    queries = 2 * torch.randn(2, 8, 200, 16, generator=made)
+    keys = torch.randn(2, 2, 200, 16, generator=made)
+    lengths = (200, 140)
+    valid = torch.arange(200) >= 200 - torch.tensor(lengths)[:, None]
+    technique = SnapKV(capacity=64, window=16)
+    columns = technique.on_prefill_end(Prompt(0, queries, keys, keys, valid, 0.25))
+    assert columns is not None
+    same = total = 0
+    for row, n in enumerate(lengths):
+        wanted = by_definition(
+            queries[row, :, 200 - n :].double().numpy(), keys[row, :, 200 - n :].double().numpy(),
+            0.25, technique,
+        )  # fmt: skip
+        for head, positions in enumerate(wanted):
+            found = set((columns[row, head] - (200 - n)).tolist())
+            same += len(found & set(positions))
+            total += len(positions)
+    return same / total
 
 
 @claim(

@@ -81,12 +81,11 @@ class SnapKV(KVTechnique):
 
     @classmethod
     def variants(cls, case: Case) -> tuple[SnapKV, ...]:
-        """The default, and an eighth of the prompt."""
-        eighth = int(np.max(case.workload.facts.get("prompt", 0))) // 8
-        default = cls()
-        if eighth <= default.window or eighth == default.capacity:
+        """The default; and an eighth, of prompts that the default cuts at all."""
+        default, prompt = cls(), int(np.max(case.workload.facts.get("prompt", 0)))
+        if prompt <= default.capacity or prompt // 8 == default.capacity:
             return (default,)
-        return (default, cls(capacity=eighth))
+        return (default, cls(capacity=prompt // 8))
 
     def budget(self, tokens: Number) -> Number:
         """Tokens kept of prompts of so many tokens."""
@@ -151,7 +150,8 @@ class SnapKV(KVTechnique):
         prompt, generate = float(np.max(facts["prompt"])), float(np.max(facts["generate"]))
         kept = float(np.max(self.budget(prompt)))
         if kept >= prompt:
-            return f"the prompt of {prompt:.0f} tokens fits its capacity of {kept:.0f}: no change"
+            limit = f"capacity of {self.capacity}" if self.ratio is None else f"ratio {self.ratio}"
+            return f"a prompt of {prompt:.0f} tokens fits the {limit}: nothing is dropped"
         work = case.workload
         before = float(np.max(work.tensors[KEYS].bytes() + work.tensors[VALUES].bytes()))
         weights = float(np.max(work.bytes("weight")))
@@ -223,6 +223,11 @@ def _facts(case: Case) -> Mapping[str, Any]:
         raise NarrowsError(
             f"every layer of {work.name} has a sliding window of {work.facts['window']} tokens, "
             "which bounds its cache already; snapkv works on layers that attend to everything"
+        )
+    if getattr(work.facts.get("config"), "softcap", False):
+        raise NarrowsError(
+            f"{work.name} passes its scores through a tanh (softcap), which the attention that "
+            "reads this cache does not do"
         )
     return work.facts
 

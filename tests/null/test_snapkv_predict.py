@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ from narrows.core.price import price
 from narrows.core.workload import Workload
 from narrows.kv.snapkv import KEYS, VALUES, SnapKV
 from narrows.machines.load import load
-from narrows.trace.llm import llm
+from narrows.trace.llm import llm, resolve
 
 
 def case(model="llama-2-7b", prompt=16384, generate=128, batch=2, fusion=("flash",)) -> Case:
@@ -67,7 +69,7 @@ def test_a_prompt_that_fits_is_the_same_case(prompt):
     given = case(prompt=prompt)
     if prompt:
         assert SnapKV().predict(given) is given
-        assert "fits its capacity" in SnapKV().why(given)
+        assert "nothing is dropped" in SnapKV().why(given)
 
 
 def test_compute_bound_prefill_shows_no_gain():
@@ -123,7 +125,7 @@ def test_twice_drops_no_more_than_the_smaller(fusion):
 def test_variants_start_with_the_default():
     assert [v.capacity for v in SnapKV.variants(case())] == [2048]
     assert [v.capacity for v in SnapKV.variants(case(prompt=4096))] == [2048, 512]
-    assert [v.capacity for v in SnapKV.variants(case(prompt=200))] == [2048]
+    assert [v.capacity for v in SnapKV.variants(case(prompt=2048))] == [2048]
 
 
 def test_why_gives_tokens_and_bytes():
@@ -139,7 +141,8 @@ def test_what_has_no_such_cache_is_refused():
 
 
 def test_layers_with_a_window_are_left_alone():
-    given = case("gemma-2-9b", prompt=8192)
+    mixed = replace(resolve("gemma-2-9b"), softcap=False)
+    given = case(mixed, prompt=8192)
     after = given.with_(SnapKV())
     local = f"{KEYS}.local"
     assert after.workload.tensors[local].bytes() == given.workload.tensors[local].bytes()
@@ -148,3 +151,11 @@ def test_layers_with_a_window_are_left_alone():
               and n.endswith("local.scores")]  # fmt: skip
     assert scores
     assert all("key" not in t.kept for t in scores)
+
+
+@pytest.mark.parametrize(
+    ("model", "told"), [("mistral-7b", "sliding window of 4096"), ("gemma-2-9b", "softcap")]
+)
+def test_models_it_cannot_run_on_are_refused(model, told):
+    with pytest.raises(NarrowsError, match=told):
+        SnapKV().predict(case(model))

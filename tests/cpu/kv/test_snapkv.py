@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from narrows.claims.snapkv import by_definition
 from narrows.core.errors import NarrowsError
 from narrows.kv import select_torch
 from narrows.kv._base import Prompt
 from narrows.kv.adapter import ATTENTION, KVCache, nbytes, stores
 from narrows.kv.snapkv import SnapKV
-from tests.cpu.kv.tiny import left_padded, llama, prompt, seeing_only, slow_choice
+from tests.cpu.kv.tiny import left_padded, llama, prompt, seeing_only
 
 
 def random_prompt(heads=8, kv_heads=2, tokens=150, rows=(150, 150), seed=0) -> Prompt:
@@ -28,17 +29,14 @@ def random_prompt(heads=8, kv_heads=2, tokens=150, rows=(150, 150), seed=0) -> P
 
 
 def expected(given: Prompt, technique: SnapKV, rows) -> list[list[list[int]]]:
-    """The slow choice for every row alone, as columns of the padded prompt."""
+    """The written-out choice for every row alone, as columns of the padded prompt."""
     tokens = given.keys.shape[2]
     found = []
     for i, n in enumerate(rows):
-        capacity = technique.capacity
-        if technique.ratio is not None:
-            capacity = max(int(n * (1 - technique.ratio)), technique.window + 1)
-        chosen = slow_choice(
-            given.queries[i, :, tokens - n :].double().numpy(),
-            given.keys[i, :, tokens - n :].double().numpy(),
-            given.scaling, capacity, technique.window, technique.kernel, technique.pool,
+        alone = slice(tokens - n, tokens)
+        chosen = by_definition(
+            given.queries[i, :, alone].double().numpy(),
+            given.keys[i, :, alone].double().numpy(), given.scaling, technique,
         )  # fmt: skip
         found.append([[j + tokens - n for j in head] for head in chosen])
     return found

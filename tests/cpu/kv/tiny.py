@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
@@ -38,42 +37,6 @@ def left_padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         ids[i, width - row.shape[0] :] = row
         mask[i, width - row.shape[0] :] = 1
     return ids, mask
-
-
-def slow_choice(
-    queries: np.ndarray, keys: np.ndarray, scaling: float, capacity: int, window: int,
-    kernel: int, pool: str,
-) -> list[list[int]]:  # fmt: skip
-    """SnapKV of one prompt, written out: positions kept by each KV head, ascending.
-
-    queries: (heads, tokens, size), keys: (kv_heads, tokens, size), float64.
-    """
-    heads, tokens, _ = queries.shape
-    kv_heads = keys.shape[0]
-    if tokens <= capacity:
-        return [list(range(tokens)) for _ in range(kv_heads)]
-    prefix = tokens - window
-    pooled = np.zeros((heads, prefix))
-    for h in range(heads):
-        votes = np.zeros(prefix)
-        for row in range(prefix, tokens):
-            scores = keys[h * kv_heads // heads, : row + 1] @ queries[h, row] * scaling
-            weights = np.exp(scores - scores.max())
-            weights /= weights.sum()
-            votes += weights[:prefix]
-        for i in range(prefix):
-            near = [
-                votes[j] if 0 <= j < prefix else 0.0
-                for j in range(i - kernel // 2, i + kernel // 2 + 1)
-            ]
-            pooled[h, i] = max(near) if pool == "max" else sum(near) / kernel
-    group = heads // kv_heads
-    kept: list[list[int]] = []
-    for kv in range(kv_heads):
-        total = sum(pooled[kv * group + g] for g in range(group)) / group
-        best = np.argsort(-total, kind="stable")[: capacity - window]
-        kept.append(sorted(int(i) for i in best) + list(range(prefix, tokens)))
-    return kept
 
 
 @contextmanager
