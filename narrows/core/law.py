@@ -27,7 +27,7 @@ Collectives. A ring runs through 1 to 2(p-1) hops, each of which costs a `step`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,8 +53,8 @@ SPLITS = (1, 2, 4, 8)
 SHORTEST_PART = 128
 """No part of k is shorter."""
 
-OVERLAP, SUSTAIN = 3.0, 4.0
-"""Orders of the smooth maxima of arithmetic with memory, and of waves with `compute`."""
+SUSTAIN = 4.0
+"""Order of the smooth maximum of waves with `compute`; that of arithmetic with memory is 3."""
 
 FILLED = 0.8
 """Below this share of busy units a kernel for single queries splits the keys."""
@@ -134,9 +134,11 @@ def _size(shape: Mapping[str, Number], *names: str) -> np.ndarray:
     return np.maximum(found, np.finfo(float).tiny)
 
 
-def _stack(values: tuple[float, ...], like: np.ndarray) -> np.ndarray:
-    """Choices along a new leading axis, over the cases of `like`."""
-    return np.array(values, float).reshape(-1, *([1] * like.ndim))
+def _stack(values: Sequence[float], axis: int, cases: int) -> np.ndarray:
+    """Choices along one of two leading axes (tile, parts) before those of the cases."""
+    shape = [1] * (2 + cases)
+    shape[axis] = len(values)
+    return np.array(values, float).reshape(shape)
 
 
 def _product(
@@ -144,25 +146,28 @@ def _product(
     units: int, rate: float,
 ) -> Run:  # fmt: skip
     m, n, k, batch = (_size(shape, s) for s in ("m", "n", "k", "batch"))
-    cases = m + n + k + batch + least_compute + least_memory
-    rows, columns, parts = (
-        _stack(v, cases) for v in zip(*((r, s, p) for r, s in c.tiles for p in SPLITS), strict=True)
-    )
+    cases = np.broadcast(m, n, k, batch, least_compute, least_memory).ndim
+    choices = (len(c.tiles), len(SPLITS))
+    rows, columns = (_stack([t[i] for t in c.tiles], 0, cases) for i in (0, 1))
+    parts = _stack(SPLITS, 1, cases)
     reuse = rows * columns / (rows + columns)
     pace = reuse / (reuse + HALF_PACE)
     pace = pace / pace.max()
     depth = np.ceil(k / parts)
-    waves = np.ceil(np.ceil(m / rows) * np.ceil(n / columns) * parts * batch / units)
-    share = waves * units * rows * columns * depth / (m * n * k * batch)
-    tiled = least_compute * np.maximum(share, 1.0) / pace
-    memory = least_memory / c.memory
-    taken = _blend(tiled, memory, OVERLAP)
+    tiles = np.ceil(m / rows) * np.ceil(n / columns) * batch
+    a_wave = least_compute * (units / (m * n * k * batch)) * (rows * columns / pace)
+    tiled = np.ceil(tiles * (parts / units)) * a_wave * depth
+    memory = np.asarray(least_memory / c.memory)
+    joined: Number = 0.0
     if rate:  # parts are kept in fp32, written and read once, at twice the rate of the memory
-        taken = taken + np.where(parts > 1, parts * m * n * batch * 4 / rate, 0.0)
-    taken = np.where((parts > 1) & (depth < SHORTEST_PART), np.inf, taken)
+        joined = np.where(parts > 1, parts * (m * n * batch * (4 / rate)), 0.0)
+    joined = np.where((parts > 1) & (depth < SHORTEST_PART), np.inf, joined)
+    taken = np.cbrt(tiled * tiled * tiled + memory * memory * memory) + joined
+    taken = taken.reshape(choices[0] * choices[1], *taken.shape[2:])
+    tiled = np.broadcast_to(tiled, (*choices, *taken.shape[1:])).reshape(taken.shape)
     best = np.argmin(taken, axis=0)[None]
     quickest = np.take_along_axis(taken, best, axis=0)[0]
-    waiting = np.take_along_axis(np.broadcast_to(tiled, taken.shape), best, axis=0)[0]
+    waiting = np.take_along_axis(tiled, best, axis=0)[0]
     sustained = least_compute / c.compute
     compute = _blend(waiting, sustained, SUSTAIN)
     return Run(compute, memory, c.fixed, _blend(quickest, sustained, SUSTAIN) + c.fixed)
