@@ -7,18 +7,21 @@ Two rewrites, the same for traced and closed forms, applied in this order:
 shape of the scores is the share that is visible; Dao 2023, "FlashAttention-2", section 3.1).
 
 `compiled` makes one kernel of every chain of pointwise work, reductions and copies, as loop
-compilers do: two fusible ops join when one reads what the other writes, they run equally often,
-and no product or other heavy kernel lies on a path between them. The last condition is checked
+compilers do: two fusible ops join when one reads what the other writes, they run equally often
+and belong to the same group (a backward pass is compiled apart from its forward pass), and no
+product or other heavy kernel lies on a path between them. The last condition is checked
 by depth, the number of heavy kernels on the longest path to an op, which keeps the graph of
 kernels free of cycles.
 
 A tensor is gone when one kernel both writes it and is its only reader. Tensors that outlive a
-step and outputs are never gone. Operations are conserved but for masked scores; bytes never grow.
+step and outputs are never gone, but for what an attention group saves for its own backward
+group: fused kernels make the scores again. Operations are conserved but for masked scores; bytes
+never grow.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -37,7 +40,9 @@ def fuse(workload: Workload, fusion: Sequence[str]) -> Workload:
         phases = tuple(_merged(workload, p, _attention(p), True) for p in phases)
     if "compiled" in fusion:
         phases = tuple(_merged(workload, p, _chains(p), False) for p in phases)
-    return replace(workload, phases=phases)
+    used = {u.tensor for p in phases for op in p.ops for u in (*op.reads, *op.writes)}
+    tensors = {n: t for n, t in workload.tensors.items() if n in used or t.role != "saved"}
+    return replace(workload, tensors=tensors, phases=phases)
 
 
 def _attention(phase: Phase) -> list[int]:
@@ -70,6 +75,7 @@ def _chains(phase: Phase) -> list[int]:
             if (
                 before.kind in FUSIBLE
                 and depth[j] == depth[i]
+                and before.group == op.group
                 and np.array_equal(before.repeat, op.repeat)
             ):
                 parent[root(i)] = root(j)
@@ -86,29 +92,49 @@ def _merged(workload: Workload, phase: Phase, cluster: Sequence[int], attention:
     for i, op in enumerate(phase.ops):
         for use in op.reads:
             readers.setdefault(use.tensor, set()).add(cluster[i])
+    firsts = {c: phase.ops[inside[0]] for c, inside in members.items()}
+    whole = {c for c, op in firsts.items() if attention and op.group.startswith("attention")}
+    remade = _remade(workload, phase, readers, cluster, whole)
     made: dict[int, Op] = {}
     for c, inside in members.items():
         ops = [phase.ops[i] for i in inside]
-        if len(ops) == 1 and not (attention and ops[0].group):
+        if len(ops) == 1 and c not in whole:
             made[inside[0]] = ops[0]
             continue
         gone = {
             u.tensor for op in ops for u in op.writes
             if readers.get(u.tensor) == {c} and workload.tensors[u.tensor].role not in LASTING
         }  # fmt: skip
-        made[inside[-1]] = _kernel(workload, ops, gone)
+        made[inside[-1]] = _kernel(workload, ops, gone, remade if c in whole else set())
     return replace(phase, ops=tuple(made[i] for i in sorted(made)))
 
 
-def _kernel(workload: Workload, ops: Sequence[Op], gone: set[str]) -> Op:
-    """One op that does what several do; tensors in `gone` stay on chip."""
+def _remade(
+    workload: Workload, phase: Phase, readers: Mapping[str, set[int]], cluster: Sequence[int],
+    whole: set[int],
+) -> set[str]:  # fmt: skip
+    """What attention saves for its backward only: fused kernels make it again instead."""
+    writers: dict[str, set[int]] = {}
+    for i, op in enumerate(phase.ops):
+        for use in op.writes:
+            writers.setdefault(use.tensor, set()).add(cluster[i])
+    return {
+        name for name, by in writers.items()
+        if workload.tensors[name].role == "saved" and by | readers.get(name, set()) <= whole
+    }  # fmt: skip
+
+
+def _kernel(workload: Workload, ops: Sequence[Op], gone: set[str], remade: set[str]) -> Op:
+    """One op that does what several do; what `gone` holds is not written, `remade` nor read."""
     written: set[str] = set()
     outer: list[Use] = []
     for op in ops:
-        outer += [u for u in op.reads if u.tensor not in written]
+        outer += [u for u in op.reads if u.tensor not in written | remade]
         written.update(u.tensor for u in op.writes)
     reads = _joined(workload, outer)
-    writes = _joined(workload, [u for op in ops for u in op.writes if u.tensor not in gone])
+    writes = _joined(
+        workload, [u for op in ops for u in op.writes if u.tensor not in gone | remade]
+    )
     flops: Number = sum((op.flops for op in ops), start=0.0)
     rates: dict[str, Number] = {}
     for op in ops:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-from narrows.core.tensor import Codec
+from narrows.core.tensor import Codec, Number
 
 FREE = frozenset({
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "lift_fresh",
@@ -38,7 +38,8 @@ CLASSES: Mapping[str, tuple[str, ...]] = {
              "flip", "repeat", "as_strided_scatter", "unfold_backward", "im2col", "col2im",
              "pixel_shuffle", "split_with_sizes_copy", "tril", "triu", "zeros", "zeros_like",
              "ones", "ones_like", "full", "full_like", "new_zeros", "new_ones", "new_full",
-             "scalar_tensor", "arange", "fill_", "zero_", "fill", "eye", "linspace", "repeat_interleave"),
+             "scalar_tensor", "arange", "fill_", "zero_", "fill", "eye", "linspace",
+             "repeat_interleave"),
     "reduce": ("sum", "mean", "amax", "amin", "max", "min", "argmax", "argmin", "any", "all",
                "var", "var_mean", "std", "prod", "cumsum", "cumprod", "norm", "linalg_vector_norm",
                "topk", "sort", "max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d",
@@ -132,7 +133,7 @@ def flops(
     return float(max(read, written) if kind == "reduce" else written)
 
 
-def product_shape(kind: str, args: Sequence[Any], out: Any) -> dict[str, float]:
+def product_shape(kind: str, args: Sequence[Any], out: Any) -> dict[str, Number]:
     """Rows, columns, depth and batch of a product or a convolution, for the pricing of tiles."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if kind == "matmul" and isinstance(out, torch.Tensor) and out.dim() >= 2:
@@ -142,8 +143,10 @@ def product_shape(kind: str, args: Sequence[Any], out: Any) -> dict[str, float]:
             return {}
         if len(tensors) > 2 and tensors[0].shape == out.shape and left is tensors[0]:
             left = tensors[1]
-        shape = {"m": out.shape[-2], "n": out.shape[-1], "k": left.shape[-1]}
-        return {**shape, "batch": math.prod(out.shape[:-2])} if out.dim() > 2 else shape
+        shape: dict[str, Number] = {"m": out.shape[-2], "n": out.shape[-1], "k": left.shape[-1]}
+        if out.dim() > 2:
+            shape["batch"] = math.prod(out.shape[:-2])
+        return shape
     if kind == "conv" and isinstance(out, torch.Tensor) and len(tensors) > 1:
         weight = tensors[1]
         return {

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from narrows.core.tensor import Tensor
-from narrows.core.workload import FUSIBLE, PERSISTENT, Op, Phase, Use, Workload
+from narrows.core.workload import FUSIBLE, PERSISTENT, Op, Use, Workload
 
 CANDIDATES = 12
 """Distances between equal ops that are tried as the length of a layer, most frequent first."""

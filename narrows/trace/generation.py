@@ -107,14 +107,13 @@ def trace_generation(
             ops = _pass(recorder, call, model, "decode", 1, batch, store.cache(cache, before))
             phases.append(Phase("decode", tuple(map(store.named, ops)), steps=float(generate)))
     tensors = {n: t for n, t in recorder.tensors().items() if n not in store.storages}
-    name = getattr(model.config, "_name_or_path", "") or model.config.model_type
+    config: Any = model.config
+    name = source if isinstance(source, str) and not Path(source).exists() else (
+        str(getattr(config, "_name_or_path", "") or config.model_type))  # fmt: skip
     windows = causal_modules(model)
     windows = {f"{p.name}.{path}": w for p in phases for path, w in windows.items()}
     facts = {**_facts(model, prompt, generate, batch), "cache": cache}
-    return workload_of(
-        source if isinstance(source, str) and not Path(source).exists() else name,
-        {**tensors, **store.tensors}, tuple(phases), facts, folded, windows,
-    )  # fmt: skip
+    return workload_of(name, {**tensors, **store.tensors}, tuple(phases), facts, folded, windows)
 
 
 def _pass(

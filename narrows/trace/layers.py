@@ -9,7 +9,7 @@ import numpy as np
 
 from narrows.core.tensor import Codec, Number, Tensor
 from narrows.core.workload import Use
-from narrows.trace.blocks import Builder, causal_sum
+from narrows.trace.blocks import SOFTMAX_FLOPS, Axes, Builder, Note, causal_sum
 from narrows.trace.config import TransformerConfig
 from narrows.trace.weights import kv_heads_per_device
 
@@ -148,19 +148,19 @@ def attention(
     b.group = f"attention_{'decode' if span.decoding else 'prefill'}:{b.prefix}"
     out = _scores(b, config, q, keys, values, context, fraction, heads, kv_heads)
     b.group = ""
-    return b.linear("o", out, channel=config.hidden)
+    return b.linear("o", out, {"channel": config.hidden})
 
 
 def _project(
     b: Builder, config: TransformerConfig, source: str, heads: Number, kv_heads: Number
 ) -> tuple[str, str, str]:
     """Queries, keys and values."""
-    shape = {"head": kv_heads, "channel": config.head_dim}
-    parts = {"q": {**shape, "head": heads}, "k": shape, "v": shape}
+    shape: Axes = {"head": kv_heads, "channel": config.head_dim}
+    parts: dict[str, Axes] = {"q": {**shape, "head": heads}, "k": shape, "v": shape}
     if config.fused_qkv:
         q, k, v = b.split("qkv", source, parts)
     else:
-        q, k, v = (b.linear(name, source, **axes) for name, axes in parts.items())
+        q, k, v = (b.linear(name, source, axes) for name, axes in parts.items())
     return q, k, v
 
 
@@ -181,41 +181,45 @@ def _scores(
     Queries of one group share their keys without copies. Unfused kernels do the whole square of
     scores; `fraction` (shape `causal`) is what a fused kernel cannot skip.
     """
-    axes = b.tensors[q].axes
-    dim, tokens, batch = config.head_dim, axes["token"], axes["batch"]
+    dim, rows = config.head_dim, b.rows(q)
+    tokens = b.tensors[q].axes["token"]
     decoding = b.group.startswith("attention_decode")
     shape = {
-        "m": tokens, "n": context, "k": dim, "batch": batch * heads, "q": tokens, "kv": context,
-        "heads": heads, "kv_heads": kv_heads, "channel": dim, "causal": fraction,
+        "batch": rows / tokens * heads, "q": tokens, "kv": context, "heads": heads,
+        "kv_heads": kv_heads, "channel": dim, "causal": fraction,
     }  # fmt: skip
 
-    def product(name: str, source: str, held: list[Use], out: str, **sizes: Number) -> None:
+    def product(name: str, source: str, held: list[Use], out: str, n: Number, k: Number) -> None:
         # Decoding, the cache governs the work: what a technique drops is neither read nor used.
         rate = {u.tensor: 2.0 * tokens * heads / kv_heads for u in held}
-        flops = 2.0 * batch * heads * tokens * context * dim
+        flops = 2.0 * rows * heads * context * dim
         b.run(
             name, "matmul", [source, *held], [out], 0.0 if decoding else flops,
-            rate if decoding else {}, {**shape, **sizes}, b.precision,
-            saves=[source, *(u.tensor for u in held)],
+            rate if decoding else {}, {**shape, "m": tokens, "n": n, "k": k}, b.precision,
+            Note((source, *(u.tensor for u in held))),
         )  # fmt: skip
 
-    scores = b.make("scores", batch=batch, token=tokens, head=heads, key=context)
-    product("scores", q, keys, scores)
+    scores = b.make("scores", {"head": heads, "key": context})
+    product("scores", q, keys, scores, context, dim)
     last = b.map("scores.scale", "pointwise", [scores], b.like(scores, "scores.scaled"))
     if config.softcap:
-        for step in ("divide", "tanh", "multiply"):
-            last = b.map(f"scores.{step}", "pointwise", [last], b.like(scores, f"scores.{step}"),
-                         saves=[f"{b.phase}.{b.prefix}scores.tanh"] if step == "multiply" else [])  # fmt: skip
+        steps = [b.like(scores, f"scores.{s}") for s in ("divided", "tanh", "capped")]
+        b.map("scores.divide", "pointwise", [last], steps[0])
+        b.map("scores.tanh", "pointwise", [steps[0]], steps[1], saves=[steps[1]])
+        last = b.map("scores.cap", "pointwise", [steps[1]], steps[2])
     if not decoding:
-        last = b.map("scores.mask", "pointwise", [last], b.like(scores, "scores.masked"))
+        masked = b.like(scores, "scores.masked")
+        last = b.map("scores.mask", "pointwise", [last], masked, passes=True)
     if b.narrow:
-        last = b.map("scores.widen", "copy", [last], b.like(scores, "scores.wide", b.wide), 0.0)
+        wide = b.like(scores, "scores.wide", format=b.wide)
+        last = b.map("scores.widen", "copy", [last], wide, 0.0)
     weights = b.like(last, "weights")
-    last = b.map("softmax", "softmax", [last], weights, 5.0, saves=[weights])
+    last = b.map("softmax", "softmax", [last], weights, SOFTMAX_FLOPS, saves=[weights])
     if b.narrow:
-        last = b.map("weights.narrow", "copy", [last], b.like(scores, "weights.narrow"), 0.0)
+        narrow = b.like(scores, "weights.narrow")
+        last = b.map("weights.narrow", "copy", [last], narrow, 0.0)
     out = b.like(q, "mixed")
-    product("weighted", last, values, out, n=dim, k=context)
+    product("weighted", last, values, out, dim, context)
     return b.map("mixed.merge", "copy", [out], b.like(out, "merged"), 0.0)
 
 
@@ -223,19 +227,22 @@ def mlp(b: Builder, config: TransformerConfig, source: str, sparse: bool, tp: in
     """The MLP of a block; `sparse` for a mixture of experts."""
     if sparse:
         return _experts(b, config, source, tp)
-    inner = config.ffn / tp
-    if config.gated and config.fused_gate_up:
-        parts = {"gate": {"channel": inner}, "up": {"channel": inner}}
-        gate, up = b.split("gate_up", source, parts)
-        gate = b.activate(config.activation, gate)
-        up = b.map("gated", "pointwise", [gate, up], b.like(up, "gated"), saves=[gate, up])
-    elif config.gated:
-        gate = b.activate(config.activation, b.linear("gate", source, channel=inner))
-        up = b.linear("up", source, channel=inner)
-        up = b.map("gated", "pointwise", [gate, up], b.like(up, "gated"), saves=[gate, up])
+    inner: Axes = {"channel": config.ffn / tp}
+    if not config.gated:
+        up = b.activate(config.activation, b.linear("up", source, inner))
+    elif config.fused_gate_up:
+        gate, up = b.split("gate_up", source, {"gate": inner, "up": inner})
+        up = _gated(b, config, gate, up, "gated")
     else:
-        up = b.activate(config.activation, b.linear("up", source, channel=inner))
-    return b.linear("down", up, channel=config.hidden)
+        gate = b.linear("gate", source, inner)
+        up = _gated(b, config, gate, b.linear("up", source, inner), "gated")
+    return b.linear("down", up, {"channel": config.hidden})
+
+
+def _gated(b: Builder, config: TransformerConfig, gate: str, up: str, name: str) -> str:
+    """The activated gate times what it lets through."""
+    gate = b.activate(config.activation, gate)
+    return b.map(name, "pointwise", [gate, up], b.like(up, name), saves=[gate, up])
 
 
 def _experts(b: Builder, config: TransformerConfig, source: str, tp: int) -> str:
@@ -247,45 +254,41 @@ def _experts(b: Builder, config: TransformerConfig, source: str, tp: int) -> str
     experts, chosen, inner = config.experts, config.experts_per_token, config.expert_ffn / tp
     rows = b.batch * b.tokens
     touched = experts * (1.0 - (1.0 - chosen / experts) ** rows)
-    routed = b.linear("router", source, expert=experts)
-    choice = b.map("router.softmax", "softmax", [routed], b.like(routed, "router.weights"), 5.0)
-    top = b.make("router.top", choice=chosen)
-    b.run("router.topk", "reduce", [choice], [top], rows * experts)
-    taken = b.make("dispatched", choice=chosen, channel=config.hidden)
-    b.run("dispatch", "gather", [Use(source), top], [taken])
+    routed = b.linear("router", source, {"expert": experts})
+    odds = b.like(routed, "router.weights")
+    b.map("router.softmax", "softmax", [routed], odds, SOFTMAX_FLOPS, saves=[odds])
+    top = b.make("router.top", {"choice": chosen})
+    b.run("router.topk", "reduce", [odds], [top], rows * experts)
+    taken = b.make("dispatched", {"choice": chosen, "channel": config.hidden})
+    b.run("dispatch", "gather", [source, top], [taken])
 
-    def product(name: str, fed: str, width: Number) -> str:
-        out = b.make(name, choice=chosen, channel=width)
+    def product(name: str, fed: str, outs: list[str]) -> None:
         weight = b.tensors[name]
         b.run(
-            name, "matmul", [fed, Use(name, {"layer": 1, "expert": touched})], [out],
-            per_element={name: 2.0 * rows * chosen / touched}, precision=b.precision, saves=[fed],
+            name, "matmul", [fed, Use(name, {"layer": 1, "expert": touched})], outs,
+            per_element={name: 2.0 * rows * chosen / touched}, precision=b.precision,
             shape={"m": rows * chosen / touched, "n": weight.extent("out"),
-                   "k": weight.extent("in"), "batch": touched},
+                   "k": weight.extent("in"), "batch": touched}, note=Note((fed,)),
         )  # fmt: skip
-        return out
 
-    both = product("experts.gate_up", taken, 2 * inner)
-    half = Use(both, {"channel": inner})
-    acted = b.make("experts.activated", choice=chosen, channel=inner)
-    b.map(config.activation, "pointwise", [half], acted, saves=[both])
-    gated = b.make("experts.gated", choice=chosen, channel=inner)
-    b.map("experts.gated", "pointwise", [acted, half], gated, saves=[acted, both])
-    made = product("experts.down", gated, config.hidden)
-    weighed = b.map("experts.weigh", "pointwise", [made, top], b.like(made, "experts.weighed"),
-                    saves=[made, top])  # fmt: skip
-    out = b.make("experts.out", channel=config.hidden)
+    wide: Axes = {"choice": chosen, "channel": inner}
+    gate, up = b.make("experts.gate", wide), b.make("experts.up", wide)
+    product("experts.gate_up", taken, [gate, up])
+    gated = _gated(b, config, gate, up, "experts.gated")
+    made = b.make("experts.down", {"choice": chosen, "channel": config.hidden})
+    product("experts.down", gated, [made])
+    weighed = b.like(made, "experts.weighed")
+    b.map("experts.weigh", "pointwise", [made, top], weighed, saves=[made, top])
+    out = b.make("experts.out", {"channel": config.hidden})
     b.run("experts.combine", "reduce", [weighed], [out], rows * chosen * config.hidden)
     if not config.shared_ffn:
         return out
-    width = config.shared_ffn / tp
-    gate = b.activate(config.activation, b.linear("shared.gate", source, channel=width))
-    up = b.linear("shared.up", source, channel=width)
-    up = b.map("shared.gated", "pointwise", [gate, up], b.like(up, "shared.gated"),
-               saves=[gate, up])  # fmt: skip
-    shared = b.linear("shared.down", up, channel=config.hidden)
-    share = b.linear("shared.router", source, channel=1)
-    share = b.map("shared.sigmoid", "pointwise", [share], b.like(share, "shared.share"))
-    shared = b.map("shared.weigh", "pointwise", [shared, share], b.like(shared, "shared.weighed"),
-                   saves=[shared, share])  # fmt: skip
-    return b.add("shared.add", out, shared, "experts.total")
+    share: Axes = {"channel": config.shared_ffn / tp}
+    gate = b.linear("shared.gate", source, share)
+    up = _gated(b, config, gate, b.linear("shared.up", source, share), "shared.gated")
+    shared = b.linear("shared.down", up, {"channel": config.hidden})
+    part = b.linear("shared.router", source, {"channel": 1})
+    part = b.map("shared.sigmoid", "pointwise", [part], b.like(part, "shared.share"))
+    weighed = b.like(shared, "shared.weighed")
+    b.map("shared.weigh", "pointwise", [shared, part], weighed, saves=[shared, part])
+    return b.add("shared.add", out, weighed, "experts.total")

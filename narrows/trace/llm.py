@@ -17,7 +17,7 @@ import numpy as np
 from narrows.core.errors import NarrowsError
 from narrows.core.tensor import Codec, Number, Tensor
 from narrows.core.workload import Phase, Use, Workload
-from narrows.trace.blocks import Builder
+from narrows.trace.blocks import Builder, Note
 from narrows.trace.config import TransformerConfig, shape
 from narrows.trace.layers import Cache, Span, layer
 from narrows.trace.weights import weight_tensors
@@ -49,8 +49,8 @@ def llm(
     does not divide the heads.
     """
     config = resolve(config)
-    prompt, generate, batch = (_counts(n, v) for n, v in
-                               (("prompt", prompt), ("generate", generate), ("batch", batch)))  # fmt: skip
+    prompt, generate = _counts("prompt", prompt), _counts("generate", generate)
+    batch = _counts("batch", batch)
     if np.any(np.asarray(batch) < 1):
         raise NarrowsError("batch must be at least 1")
     weights = weight_tensors(config, dtype, tp)
@@ -147,15 +147,15 @@ def _embed(b: Builder, config: TransformerConfig, tp: int) -> str:
     b.tensors[ids] = Tensor(ids, "input", {"batch": b.batch, "token": b.tokens}, Codec.of("int64"))
     width = config.embed_dim or config.hidden
     rows = b.batch * b.tokens
-    hidden = b.make("embedded", channel=width)
-    b.run("embed", "gather", [ids, Use("embed", {"vocab": rows / tp})], [hidden], saves=[])
+    hidden = b.make("embedded", {"channel": width})
+    b.run("embed", "gather", [ids, Use("embed", {"vocab": rows / tp})], [hidden])
     if config.embed_dim:
-        hidden = b.linear("project_in", hidden, channel=config.hidden)
+        hidden = b.linear("project_in", hidden, {"channel": config.hidden})
     b.reduce_over(hidden, tp, "embed.all_reduce")
     if config.embed_scale:
         hidden = b.map("embed.scale", "pointwise", [hidden], b.like(hidden, "embed.scaled"))
     if config.positions == "learned":
-        table = b.make("positions", channel=config.hidden)
+        table = b.make("positions", {"channel": config.hidden})
         b.run("positions", "gather", [Use("positions", {"token": rows})], [table])
         hidden = b.add("positions.add", hidden, table, "positioned")
     return hidden
@@ -166,19 +166,22 @@ def _head(b: Builder, config: TransformerConfig, hidden: str, tp: int, last: boo
     weight = "embed" if config.tied else "lm_head"
     count: Number = 1.0 if last else b.tokens
     if config.embed_dim:
-        hidden = b.linear("project_out", hidden, channel=config.embed_dim)
-    out = b.make("logits", token=count, vocab=config.vocab / tp)
+        hidden = b.linear("project_out", hidden, {"channel": config.embed_dim})
+    out = b.make("logits", {"token": count, "vocab": config.vocab / tp})
     rows = b.batch * count
     b.run(
         "lm_head", "matmul", [Use(hidden, {"token": count}), weight], [out],
-        per_element={weight: 2.0 * rows}, precision=b.precision, saves=[hidden],
+        per_element={weight: 2.0 * rows}, precision=b.precision, note=Note((hidden,)),
         shape={"m": rows, "n": config.vocab / tp, "k": config.embed_dim or config.hidden},
     )  # fmt: skip
     if config.head_bias:
-        out = b.map("lm_head.add", "pointwise", [out, "lm_head.bias"], b.like(out, "logits.biased"))
+        biased = b.like(out, "logits.biased")
+        out = b.map("lm_head.add", "pointwise", [out, "lm_head.bias"], biased, passes=True)
     if config.softcap:
         for step in ("divide", "tanh", "multiply"):
-            out = b.map(f"softcap.{step}", "pointwise", [out], b.like(out, f"logits.{step}"))
+            made = b.like(out, f"logits.{step}")
+            saves = [made] if step == "tanh" else []
+            out = b.map(f"softcap.{step}", "pointwise", [out], made, saves=saves)
     if tp > 1:
         b.run("logits.all_gather", "all_gather", [out], [out], shape={"peers": tp})
     b.tensors[out] = replace(b.tensors[out], role="output")

@@ -14,14 +14,15 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from narrows.core.errors import NarrowsError
 from narrows.core.tensor import Codec, Tensor
 from narrows.core.workload import Op, Phase, Use, Workload
 from narrows.trace.fold import fold
+from narrows.trace.modes import Dispatch, Functions
 from narrows.trace.patterns import mark_attention
-from narrows.trace.recorder import Dispatch, Functions, Recorder, follow
+from narrows.trace.recorder import Recorder, follow, key_of, tensors_in
 
 ADAMW_FLOPS = 12.0
 """Operations of AdamW for one parameter: two moments, two corrections, root, decay, step."""
@@ -137,7 +138,7 @@ def run(
     """The call itself, and its backward pass."""
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        recorder.saved[tensor.untyped_storage()._cdata] = None
+        recorder.saved[key_of(tensor)] = None
         return tensor
 
     try:
@@ -153,18 +154,16 @@ def run(
     except NarrowsError:
         raise
     except (NotImplementedError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0][:200] if str(error).strip() else ""
+        place = recorder.path[-1] if recorder.path and recorder.path[-1] else "the call"
+        first = (str(error).strip().splitlines() or [""])[0][:200]
         raise NarrowsError(
-            f"tracing on meta tensors failed in {recorder.path[-1] if recorder.path else 'the call'!r}"
-            f" ({type(error).__name__}: {first}); check the inputs, and that the code does not"
-            " look at the values of tensors"
+            f"tracing on meta tensors failed in {place!r} ({type(error).__name__}: {first}); "
+            "check the inputs, and that the code does not look at the values of tensors"
         ) from error
-    for leaf in tree_leaves(out):
-        if isinstance(leaf, torch.Tensor):
-            held = recorder.held.get(leaf.untyped_storage()._cdata)
-            kept = leaf.untyped_storage()._cdata in recorder.saved
-            if held is not None and held.role == "activation" and not kept:
-                held.role = "output"
+    for leaf in tensors_in(out):
+        held = recorder.held.get(key_of(leaf))
+        if held is not None and held.role == "activation" and key_of(leaf) not in recorder.saved:
+            held.role = "output"
     return out
 
 
@@ -173,8 +172,7 @@ def _backward(out: Any) -> None:
     if loss is None and isinstance(out, Mapping):
         loss = out.get("loss")
     if loss is None:
-        loss = next((t for t in tree_leaves(out) if isinstance(t, torch.Tensor)
-                     and t.requires_grad), None)  # fmt: skip
+        loss = next((t for t in tensors_in(out) if t.requires_grad), None)
     if loss is None:
         raise NarrowsError("training: no output depends on a trainable weight")
     loss.backward(None if loss.dim() == 0 else torch.empty_like(loss))
@@ -197,7 +195,7 @@ def _finish(recorder: Recorder) -> tuple[dict[str, Tensor], list[Op]]:
     for name, weight in recorder.parameters.items():
         if weight.grad is None:
             continue
-        held = recorder.held[weight.untyped_storage()._cdata]
+        held = recorder.held[key_of(weight)]
         gradient = recorder.know(weight.grad, f"{name}.grad", "gradient")
         renamed[gradient.name] = gradient.name = f"{name}.grad"
         gradient.role, gradient.axes = "gradient", held.axes if (

@@ -30,9 +30,9 @@ def _marked(phase: Phase, windows: Mapping[str, int]) -> Phase:
             readers.setdefault(use.tensor, []).append(i)
     found = 0
     for i, op in enumerate(ops):
-        if "backward" in op.name:
+        if op.group:
             continue
-        if op.kind == "softmax" and not op.group:
+        if op.kind == "softmax":
             up, first = _climb(ops, writer, i)
             down, second = _descend(ops, readers, i)
             if first is None or second is None:
