@@ -117,17 +117,19 @@ def class_of(op: Op) -> tuple[str, ...]:
     """Names of an op's class, the most special first.
 
     Classes are told apart by kind, then by precision, then by what makes a library run another
-    kernel: a product with a vector, a transcendental function. So `matmul.fp32.vector`,
-    `matmul.fp32`, `matmul`.
+    kernel: a product with a vector, a transcendental function, a backward pass. So
+    `matmul.fp32.vector`, `matmul.fp32`, `matmul`.
     """
     special = f"{op.kind}.{op.precision}"
+    name = op.name.rsplit(".", 1)[-1]
     if op.kind == "matmul" and "m" in op.shape and np.all(np.asarray(op.shape["m"]) <= 1):
         return f"{special}.vector", special, op.kind
     if op.kind == "pointwise":
-        name = op.name.rsplit(".", 1)[-1]
         function = next((f for f in FUNCTIONS if name.startswith(f)), None)
         if function is not None:
             return f"{special}.{function}", f"{special}.function", special, op.kind
+    elif name.endswith("_backward"):
+        return f"{special}.backward", special, op.kind
     return special, op.kind
 
 
@@ -209,7 +211,7 @@ def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePric
         if np.any(np.asarray(fixed + woken) > 0):
             charge(terms, DISPATCH, i, fixed + woken)
         faults = caches.fault_seconds(workload, op, machine, known)
-        if np.any(np.asarray(faults) > 0):
+        if not isinstance(faults, float) or faults:
             charge(terms, caches.FAULTS, i, faults)
             slowest[i] = slowest[i] + faults
     return PhasePrice(

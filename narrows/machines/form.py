@@ -245,7 +245,8 @@ def _calibrations(doc: _Machine, where: str) -> dict[str, Calibration]:
         if special:
             _one_of(special[0], PRECISIONS, "precision", where, at)
         if len(special) > 1:
-            _one_of(".".join(special[1:]), ("vector", "function", *FUNCTIONS), "kernel", where, at)
+            kernels = ("vector", "function", "backward", *FUNCTIONS)
+            _one_of(".".join(special[1:]), kernels, "kernel", where, at)
         part = _convert(entry, _Calibration, where, at)
         for side in (side for tile in part.tiles for side in tile):
             _whole(side, 1, 65_536, where, f"{at}.tiles")

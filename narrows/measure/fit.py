@@ -22,7 +22,9 @@ from narrows.core.workload import Op, Workload
 LEAST_ROWS = 4
 """Fewer rows than this cannot tell three constants apart."""
 
-STEPS, ROUNDS, SHRINK = 11, 6, 0.45
+COARSE, FINE, ROUNDS, SHRINK = 13, 7, 6, 0.45
+"""Points along each constant of the first grid and of the finer ones, how many of these follow,
+and how much narrower each is than the one before."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,10 @@ def predicted(rows: Sequence[Parts], constants: np.ndarray) -> np.ndarray:
     return out
 
 
-def _grid(middle: np.ndarray, width: np.ndarray, held: np.ndarray) -> np.ndarray:
+def _grid(middle: np.ndarray, width: np.ndarray, held: np.ndarray, steps: int) -> np.ndarray:
     """Points around `middle` in log space, (points, 3); a held axis is not searched."""
     axes = [
-        np.array([m]) if h else m * np.exp(np.linspace(-w, w, STEPS))
+        np.array([m]) if h else m * np.exp(np.linspace(-w, w, steps))
         for m, w, h in zip(middle, width, held, strict=True)
     ]
     mesh = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 3)
@@ -116,27 +118,31 @@ def _grid(middle: np.ndarray, width: np.ndarray, held: np.ndarray) -> np.ndarray
 
 def search(rows: Sequence[Parts], measured: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Constants (3,) that fit all rows best, and those (rows, 3) that fit all but each one."""
-    idle = np.array([
+    held = np.array([
         all(not row.compute.any() for row in rows), all(not row.memory.any() for row in rows), False
     ])  # fmt: skip
-    least = float(measured.min())
-    everywhere = (np.array([0.05, 0.05, least / 30]), np.array([3.0, 3.0, 3.5]))
+    middle = np.where(held, 1.0, [0.05, 0.05, float(measured.min()) / 30])
+    width = np.array([3.0, 3.0, 3.5])
 
-    def run(keep: np.ndarray) -> np.ndarray:
-        middle, width = everywhere
-        middle = np.where(idle, 1.0, middle)
-        best = middle
-        kept = [row for row, k in zip(rows, keep, strict=True) if k]
+    def miss(points: np.ndarray) -> np.ndarray:
+        return np.abs(np.log(predicted(rows, points) / measured[:, None]))
+
+    def refined(best: np.ndarray, keep: np.ndarray) -> np.ndarray:
+        around = width / COARSE * 2
         for _ in range(ROUNDS):
-            points = _grid(middle, width, idle)
-            miss = np.abs(np.log(predicted(kept, points) / measured[keep, None])).mean(axis=0)
-            best = points[int(np.argmin(miss))]
-            middle, width = best, width * SHRINK
+            points = _grid(best, around, held, FINE)
+            best = points[int(np.argmin(keep @ miss(points)))]
+            around = around * SHRINK
         return best
 
-    whole = run(np.ones(len(rows), bool))
-    left = np.stack([run(np.arange(len(rows)) != i) for i in range(len(rows))])
-    return whole, left
+    points = _grid(middle, width, held, COARSE)
+    coarse = miss(points)
+    everything = np.ones(len(rows))
+    whole = refined(points[int(np.argmin(everything @ coarse))], everything)
+    left: list[np.ndarray] = []
+    for keep in everything - np.eye(len(rows)):
+        left.append(refined(points[int(np.argmin(keep @ coarse))], keep))
+    return whole, np.stack(left)
 
 
 def fit(samples: Sequence[Sample], key: str, machine: Machine, source: str, era: str

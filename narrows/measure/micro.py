@@ -7,6 +7,7 @@ occurs in the validation battery (a test compares the two).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -119,6 +120,7 @@ def micros(device: str = "cpu", precisions: tuple[str, ...] = ("fp32",), scale: 
             yield from _rowwise(new, scale)
             yield from _tables(device, scale)
             yield from _updates(new)
+            yield from _backwards(new, scale)
         yield from _products(new, precision, scale)
         yield from _attention(new, precision, scale)
 
@@ -205,6 +207,38 @@ def _tables(device: str, scale: int) -> Iterator[Micro]:
         index = torch.randint(0, rows, (count * scale,), device=device)
         table = nn.Embedding(rows, width, device=device)
         yield _micro(f"embedding {rows}x{width} {count}", table, index)
+
+
+def _backwards(new: New, scale: int) -> Iterator[Micro]:
+    """What a training step runs beside products: gradients of convolutions, norms, functions."""
+    aten = torch.ops.aten
+
+    def convolution(
+        g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, stride: int, groups: int
+    ) -> object:
+        pad = w.shape[-1] // 2
+        return aten.convolution_backward(
+            g, x, w, None, [stride] * 2, [pad] * 2, [1, 1], False, [0, 0], groups,
+            [True, True, False],
+        )  # fmt: skip
+
+    def norm(g: torch.Tensor, x: torch.Tensor, w: torch.Tensor, s: torch.Tensor) -> object:
+        return aten.native_layer_norm_backward(g, x, [x.shape[-1]], s, s, w, w, [True] * 3)
+
+    for b, c, side, out, kernel, stride, groups in CONV:
+        x, w = new(b * scale, c, side, side), new(out, c // groups, kernel, kernel)
+        g = torch.ones_like(F.conv2d(x, w, None, stride, kernel // 2, 1, groups))
+        yield _micro(f"conv backward {b}x{c}x{side} to {out}, {kernel}/{stride}, {groups}",
+                     partial(convolution, stride=stride, groups=groups), g, x, w)  # fmt: skip
+    for rows, width in ROWS:
+        x, w, s = new(rows * scale, width), new(width), new(rows * scale, 1)
+        yield _micro(f"layer norm backward {rows}x{width}", norm, x, x, w, s)
+        yield _micro(f"softmax backward {rows}x{width}",
+                     lambda x: aten._softmax_backward_data(x, x, -1, x.dtype), x)  # fmt: skip
+    for n in FLAT[1:8]:
+        x = new(n * scale)
+        yield _micro(f"gelu backward {n}", aten.gelu_backward, x, x)
+        yield _micro(f"silu backward {n}", aten.silu_backward, x, x)
 
 
 def _updates(new: New) -> Iterator[Micro]:
