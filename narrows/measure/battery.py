@@ -40,11 +40,14 @@ from narrows.measure.small_models import (
     Shape,
     Vision,
 )
-from narrows.measure.timing import Progress, Ratio, interleave
+from narrows.measure.timing import QUIET_SPREAD, Progress, Ratio, interleave
 from narrows.trace.module import trace
 
 LEAST_QUIET = 20
 """Quiet rows without which no verdict is given."""
+
+BEYOND = 0.10
+"""A row that beats the measured limit by more than this is refused, not averaged."""
 
 MEDIAN, P90 = 0.12, 0.30
 """The errors that the quiet rows must keep to."""
@@ -64,12 +67,13 @@ class Work:
 class HereRow:
     """One workload, predicted and measured as ratios to the reference kernel.
 
-    seconds: median of a call. error: |predicted / measured - 1|. quiet: spread below 10 %.
+    limit: the least ratio that the machine's rates allow. seconds: median of a call.
     """
 
     name: str
     family: str
     predicted: float
+    limit: float
     measured: float
     spread: float
     seconds: float
@@ -83,7 +87,12 @@ class HereRow:
     @property
     def quiet(self) -> bool:
         """Whether the ratios kept together enough to count."""
-        return self.spread < 0.10
+        return self.spread < QUIET_SPREAD
+
+    @property
+    def refused(self) -> bool:
+        """Whether it ran clearly faster than the limit: then the machine was measured wrongly."""
+        return self.measured * (1 + BEYOND) < self.limit
 
 
 @dataclass(frozen=True)
@@ -96,8 +105,8 @@ class HereReport:
 
     @property
     def quiet(self) -> tuple[HereRow, ...]:
-        """The rows that count."""
-        return tuple(row for row in self.rows if row.quiet)
+        """The rows that count: quiet, and not beyond the limit."""
+        return tuple(row for row in self.rows if row.quiet and not row.refused)
 
     @property
     def error(self) -> Error | None:
@@ -129,13 +138,19 @@ class HereReport:
             "median_ape": None if error is None else error.median,
             "mean_ape": None if error is None else error.mean,
             "p90_ape": None if error is None else error.p90,
-            "refused": [],
+            "refused": [
+                {"file": self.machine, "row": r.name,
+                 "reason": f"{r.limit / r.measured - 1:.0%} faster than the rates the machine was "
+                           "measured with; measure it anew with 'narrows machine --fresh'"}
+                for r in self.rows if r.refused
+            ],
             "verdict": self.verdict,
-            "needed": {"quiet": LEAST_QUIET, "median_ape": MEDIAN, "p90_ape": P90},
+            "needed": {"quiet_rows": LEAST_QUIET, "median": MEDIAN, "p90": P90},
             "repeats": self.repeats,
             "rows": [
                 {"name": r.name, "family": r.family, "predicted": r.predicted,
-                 "measured": r.measured, "spread": r.spread, "quiet": r.quiet, "error": r.error,
+                 "limit": r.limit, "measured": r.measured, "spread": r.spread,
+                 "quiet": r.quiet, "error": r.error,
                  "seconds": r.seconds, "narrowest": r.narrowest}
                 for r in self.rows
             ],
@@ -168,8 +183,9 @@ def validate_here(
         ratio: Ratio = timed.ratio("work", to="reference")
         found = bound(Case(work.workload, machine, Plan(("flash",))))
         rows.append(
-            HereRow(work.name, work.family, found.seconds * rate.capacity, ratio.median,
-                    ratio.spread, timed["work"].median, found.narrowest)
+            HereRow(work.name, work.family, found.seconds * rate.capacity,
+                    found.limit_seconds * rate.capacity, ratio.median, ratio.spread,
+                    timed["work"].median, found.narrowest)
         )  # fmt: skip
     if progress is not None:
         progress(1.0, "done")

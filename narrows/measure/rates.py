@@ -101,7 +101,7 @@ def memory(found: Found, engine: Engine, threads: int, seconds: float) -> None:
         read = max(read, streams[-1].read)
         triad = max(triad, streams[-1].triad)
         found.caches = _rising(found, [c.name for c in listed])
-        places = [*(c.size // 2 for c in listed), far]
+        places = [*(c.size // 2 for c in listed), min(far, 64 * MB)]
         waits = [probes.random_access(loops, p, seconds / 16) for p in places]
         shown = ", ".join(f"{w * 1e9:.3g} ns in {p / MB:.3g} MiB"
                           for w, p in zip(waits, places, strict=True))  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -73,7 +74,7 @@ def _parameters(step: Work):
 
 
 def row(error: float, spread: float = 0.02) -> HereRow:
-    return HereRow("x", "matmul", 1.0 + error, 1.0, spread, 1e-3, "dram")
+    return HereRow("x", "matmul", 1.0 + error, 0.5, 1.0, spread, 1e-3, "dram")
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,16 @@ def test_a_verdict_needs_quiet_rows(rows: list[HereRow], verdict: bool | None, c
     assert told["verdict"] is verdict
     assert told["n"] == len(report.quiet)
     assert len(told["rows"]) == len(rows)
+
+
+def test_a_row_beyond_the_limit_is_refused_by_name():
+    beyond = replace(row(0.05), name="too good", limit=1.5)
+    close = replace(row(0.05), limit=1.05)  # as far as clocks wander
+    report = HereReport("here", (beyond, close), 31)
+    assert report.quiet == (close,)
+    refused = report.as_dict()["refused"]
+    assert [r["row"] for r in refused] == ["too good"]
+    assert "50% faster" in refused[0]["reason"]
 
 
 def toy() -> Machine:

@@ -30,7 +30,8 @@ def measured() -> Machine:
     told: list[tuple[float, str]] = []
     begin = perf_counter()
     machine = here.measure(lambda done, what: told.append((done, what)), seconds=9.0)
-    assert perf_counter() - begin < 45.0
+    took = perf_counter() - begin
+    assert took < (11.0 if "not quiet" not in machine.note else 120.0)
     fractions = [done for done, _ in told]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1.0
