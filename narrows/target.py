@@ -59,7 +59,7 @@ def resolve(model: str) -> Target:
 
     if model == REFERENCE:
         path = reference_path()
-        return Target(REFERENCE, TransformerConfig.from_json(path), path)
+        return Target(REFERENCE, TransformerConfig.from_json(path, "recall-lm"), path)
     file, colon, factory = model.rpartition(":")
     if colon and file.endswith(".py"):
         return Target(model, factory=_factory(Path(file), factory))
