@@ -21,7 +21,7 @@ def cuts(length: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(edges)]
 
 
-def _absorb(scores: Array, state: Array, out: Array | None, scratch: Array) -> None:
+def absorb(scores: Array, state: Array, out: Array | None, scratch: Array) -> None:
     """Turn rows of scores into weights relative to the running maximum; rescale what went before.
 
     scores: (rows, columns), in place. state: (rows, 2), maximum and sum. out: (rows, channels).
@@ -53,7 +53,7 @@ def run_flash(memory: TwoLevelMemory, tiles: Mapping[str, int], sizes: tuple[int
                     with memory.space(count, columns.stop - columns.start) as scores:
                         with memory.load("K", columns) as k:
                             np.matmul(q, k.T, out=scores)
-                        _absorb(scores, state, out, scratch)
+                        absorb(scores, state, out, scratch)
                         with memory.load("V", columns) as v:
                             out += scores @ v
                 out /= state[:, 1:]
@@ -78,7 +78,7 @@ def run_keys(memory: TwoLevelMemory, tiles: Mapping[str, int], sizes: tuple[int,
                         if not b:
                             state[:, 0] = -np.inf
                         np.matmul(q, k.T, out=scores)
-                        _absorb(scores, state, out, scratch)
+                        absorb(scores, state, out, scratch)
                         out[0] += scores[0] @ v
                         if b + 1 == len(blocks):
                             out[0] /= state[0, 1]
@@ -101,7 +101,7 @@ def run_tiled(memory: TwoLevelMemory, tiles: Mapping[str, int], sizes: tuple[int
                             with memory.load("Q", rows, e) as q, memory.load("K", columns, e) as k:
                                 scores += q[:, None] * k
                         memory.store("S", scores, rows, columns)
-                        _absorb(scores, state, None, scratch)
+                        absorb(scores, state, None, scratch)
                 for channels in cuts(dv, tiles["channels"]):
                     with memory.space(count, channels.stop - channels.start) as out:
                         for j in range(m):
