@@ -1,0 +1,1 @@
+"""Serving: requests that share a machine, and what their prompts and caches cost it."""
