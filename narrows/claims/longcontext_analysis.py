@@ -393,12 +393,12 @@ def cache_bytes_here() -> Figure:
 @cache
 def _bounds_here() -> dict[int, dict[str, float]]:
     """Predicted seconds of prefill and of one decode step on this machine, by tokens."""
-    import narrows
+    from narrows import door
     from narrows.core.case import Case
     from narrows.core.plan import Plan
 
     try:
-        machine = narrows.machine("here")
+        machine = door.machine("here")
     except NarrowsError as error:
         raise Inconclusive(str(error)) from error
     _, config = _small()
