@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from narrows.core.errors import NarrowsError
+
+from .recipe import Shape
 
 END_OF_TEXT = "<|endoftext|>"
 OUTPUTS = ("self_attn.o_proj.weight", "mlp.down_proj.weight")
@@ -42,8 +45,8 @@ def make_tokenizer(texts, vocabulary: int):
     )
 
 
-def make_model(shape, layers: int, seed: int):
-    """A fresh ``LlamaForCausalLM`` of ``shape`` (a `recipe.Shape`) with ``layers`` blocks, fp32."""
+def make_model(shape: Shape, layers: int, seed: int) -> Any:
+    """A fresh ``LlamaForCausalLM`` of ``shape`` with ``layers`` blocks, fp32."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -68,7 +71,7 @@ def make_model(shape, layers: int, seed: int):
         return LlamaForCausalLM(config)
 
 
-def grow(model, shape, layers: int, seed: int):
+def grow(model: Any, shape: Shape, layers: int, seed: int) -> Any:
     """A copy of ``model`` with ``layers`` blocks that computes the same function.
 
     The old blocks stay lowest, in order; each new block's two output projections are zero, so it
