@@ -66,15 +66,16 @@ def alphabet(prose) -> tasks.Alphabet:
     return tasks.Alphabet.of(network.make_tokenizer([prose], TINY.vocabulary))
 
 
-def model_text(model, length: int = 4096) -> np.ndarray:
-    """A haystack the model wrote itself: sampled text, ``(length,)``."""
+@pytest.fixture(scope="module")
+def sampled(shipped) -> np.ndarray:
+    """A haystack the model wrote itself, ``(2048,)``."""
     torch.manual_seed(0)
     with torch.inference_mode():
-        ids = model.generate(
+        ids = shipped[0].generate(
             torch.zeros(16, 1, dtype=torch.long),
             do_sample=True,
-            max_new_tokens=length // 16,
-            min_new_tokens=length // 16,
+            max_new_tokens=128,
+            min_new_tokens=128,
         )
     return ids[:, 1:].reshape(-1).numpy()
 
@@ -93,34 +94,30 @@ def test_the_shipped_model_has_the_shape_it_claims(shipped):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_the_shipped_model_recalls(shipped):
+def test_the_shipped_model_recalls(shipped, sampled):
     model, tokenizer = shipped
     alphabet = tasks.Alphabet.of(tokenizer)
-    text = model_text(model)
     rng = np.random.default_rng(3)
     assert (
-        evaluate.recall(model, tasks.needle(rng, alphabet, text, 512, 128), batch_size=16).share
+        evaluate.recall(model, tasks.needle(rng, alphabet, sampled, 512, 128), batch_size=16).share
         >= 0.9
     )
-    one = tasks.needle(rng, alphabet, text, 512, 8)
+    one = tasks.needle(rng, alphabet, sampled, 512, 8)
     assert evaluate.window_share(model, one, 1 / 8).share <= 0.5, (
         "the answer must come from the needle"
     )
 
 
-def test_recall_through_a_cache_equals_recall_without(shipped):
+def test_recall_through_a_cache_equals_recall_without(shipped, sampled):
     from transformers import DynamicCache
 
     model, tokenizer = shipped
-    batch = tasks.pairs(
-        np.random.default_rng(5), tasks.Alphabet.of(tokenizer), model_text(model), 384, 16, 4
-    )
+    batch = tasks.pairs(np.random.default_rng(5), tasks.Alphabet.of(tokenizer), sampled, 384, 16, 4)
     plain = evaluate.answers_right(model, batch)
     cached = evaluate.answers_right(model, batch, cache=DynamicCache)
     assert (plain == cached).all()
-    ids = model_text(model, 1024)
-    one = evaluate.perplexity(model, ids, 128, scored=16, windows=4)
-    two = evaluate.perplexity(model, ids, 128, cache=DynamicCache, scored=16, windows=4)
+    one = evaluate.perplexity(model, sampled, 128, scored=16, windows=4)
+    two = evaluate.perplexity(model, sampled, 128, cache=DynamicCache, scored=16, windows=4)
     assert one.tokens == two.tokens
     assert one.loss == pytest.approx(two.loss, abs=1e-4)
 
@@ -197,10 +194,11 @@ def test_growth_leaves_the_function_unchanged():
 
 
 def tiny_recipe() -> Recipe:
-    stages = (
-        Stage("copy", 2, (64,), 4 * 128, mix={"copy": 1.0}, gate=None, batch_tokens=128),
-        Stage("pairs", 3, (64,), 6 * 128, pairs=(1, 2), gate=None, batch_tokens=128, decay=0.5),
+    first = Stage("copy", 2, (64,), 4 * 128, mix={"copy": 1.0}, gate=None, batch_tokens=128)
+    second = Stage(
+        "pairs", 3, (64,), 6 * 128, pairs=(1, 2), gate=None, batch_tokens=128, workers=2, decay=0.5
     )
+    stages = (first, second)
     return Recipe("tiny", 7, TINY, stages)
 
 
