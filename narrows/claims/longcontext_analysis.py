@@ -35,6 +35,8 @@ PAPER_DEFAULTS = {"generate": 250}
 LONG, SHORT = 50_000, 4_096
 YI, A100 = fu2024.YI_34B, fu2024.A100
 HERE = (512, 1024, 2048, 4096, 8192)
+WORST_CALIBRATION = 0.5
+"""p90 error of the machine's own calibration above which nothing can be held against it."""
 
 
 @contextmanager
@@ -405,6 +407,12 @@ def _bounds_here() -> dict[int, dict[str, float]]:
     found: dict[int, dict[str, float]] = {}
     for tokens in HERE:
         told = bound(Case(llm(config, tokens, 1, dtype="fp32"), machine, Plan(("flash",))))
+        worst = max(1.0 if p.error is None else p.error for p in told.phases)
+        if worst > WORST_CALIBRATION:
+            raise Inconclusive(
+                f"this machine's calibration has a p90 error of {worst:.0%}: it was busy when it was "
+                "measured; run narrows machine --fresh when it is quiet"
+            )
         found[tokens] = {p.name: p.seconds for p in told.phases}
     return found
 
