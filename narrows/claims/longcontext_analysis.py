@@ -410,7 +410,7 @@ def _bounds_here() -> dict[int, dict[str, float]]:
         worst = max(1.0 if p.error is None else p.error for p in told.phases)
         if worst > WORST_CALIBRATION:
             raise Inconclusive(
-                f"this machine's calibration has a p90 error of {worst:.0%}: it was busy when it was "
+                f"this machine's calibration errs by {worst:.0%} (p90): it was busy when it was "
                 "measured; run narrows machine --fresh when it is quiet"
             )
         found[tokens] = {p.name: p.seconds for p in told.phases}
