@@ -9,9 +9,9 @@ shape of the scores is the share that is visible; Dao 2023, "FlashAttention-2", 
 `compiled` makes one kernel of every chain of pointwise work, reductions and copies, as loop
 compilers do: two fusible ops join when one reads what the other writes, they run equally often
 and belong to the same group (a backward pass is compiled apart from its forward pass), and no
-product or other heavy kernel lies on a path between them. The last condition is checked
-by depth, the number of heavy kernels on the longest path to an op, which keeps the graph of
-kernels free of cycles.
+product or other kernel lies on a path between them. The last condition is checked by depth:
+the number of kernels that a chain cannot cross on the longest path to an op. Every edge out of
+a chain leads to a heavy kernel or to a larger depth, so kernels never wait for each other.
 
 A tensor is gone when one kernel both writes it and is its only reader. Tensors that outlive a
 step and outputs are never gone, but for what an attention group saves for its own backward
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from heapq import heapify, heappop, heappush
 
 import numpy as np
 
@@ -68,23 +69,55 @@ def _chains(phase: Phase) -> list[int]:
     writer: dict[str, int] = {}
     for i, op in enumerate(phase.ops):
         sources = {writer[u.tensor] for u in op.reads if u.tensor in writer}
-        heavy = [depth[j] + (phase.ops[j].kind not in FUSIBLE) for j in sources]
-        depth[i] = max(heavy, default=0)
-        for j in sources if op.kind in FUSIBLE else ():
-            before = phase.ops[j]
-            if (
-                before.kind in FUSIBLE
-                and depth[j] == depth[i]
-                and before.group == op.group
-                and np.array_equal(before.repeat, op.repeat)
-            ):
+        joined = {j for j in sources if _join(phase.ops[j], op)}
+        for j in sources:
+            apart = j not in joined and (op.kind in FUSIBLE or phase.ops[j].kind not in FUSIBLE)
+            depth[i] = max(depth[i], depth[j] + apart)
+        for j in joined:
+            if depth[j] == depth[i]:
                 parent[root(i)] = root(j)
         writer.update({u.tensor: i for u in op.writes})
     return [root(i) for i in range(len(phase.ops))]
 
 
+def _join(before: Op, op: Op) -> bool:
+    """Whether a loop compiler could make one kernel of an op and one that reads its output."""
+    return (
+        before.kind in FUSIBLE
+        and op.kind in FUSIBLE
+        and before.group == op.group
+        and np.array_equal(before.repeat, op.repeat)
+    )
+
+
+def _order(phase: Phase, cluster: Sequence[int], last: Mapping[int, int]) -> list[int]:
+    """Clusters so that each comes after those it reads from, else as their last members do."""
+    writer: dict[str, int] = {}
+    needs: dict[int, set[int]] = {c: set() for c in last}
+    feeds: dict[int, set[int]] = {c: set() for c in last}
+    for i, op in enumerate(phase.ops):
+        for use in op.reads:
+            source = writer.get(use.tensor, cluster[i])
+            if source != cluster[i]:
+                needs[cluster[i]].add(source)
+                feeds[source].add(cluster[i])
+        writer.update({u.tensor: cluster[i] for u in op.writes})
+    ready = [(last[c], c) for c, sources in needs.items() if not sources]
+    heapify(ready)
+    order: list[int] = []
+    while ready:
+        _, c = heappop(ready)
+        order.append(c)
+        for after in feeds[c]:
+            needs[after].discard(c)
+            if not needs[after]:
+                heappush(ready, (last[after], after))
+    # Groups that were not of one piece wait for each other: they stay where they were.
+    return [*order, *sorted((c for c in last if needs[c]), key=lambda c: last[c])]
+
+
 def _merged(workload: Workload, phase: Phase, cluster: Sequence[int], attention: bool) -> Phase:
-    """The phase with every cluster as one op, in the place of its last member."""
+    """The phase with every cluster as one op."""
     members: dict[int, list[int]] = {}
     for i, c in enumerate(cluster):
         members.setdefault(c, []).append(i)
@@ -96,17 +129,18 @@ def _merged(workload: Workload, phase: Phase, cluster: Sequence[int], attention:
     whole = {c for c, op in firsts.items() if attention and op.group.startswith("attention")}
     remade = _remade(workload, phase, readers, cluster, whole)
     made: dict[int, Op] = {}
+    order = _order(phase, cluster, {c: inside[-1] for c, inside in members.items()})
     for c, inside in members.items():
         ops = [phase.ops[i] for i in inside]
         if len(ops) == 1 and c not in whole:
-            made[inside[0]] = ops[0]
+            made[c] = ops[0]
             continue
         gone = {
             u.tensor for op in ops for u in op.writes
             if readers.get(u.tensor) == {c} and workload.tensors[u.tensor].role not in LASTING
         }  # fmt: skip
-        made[inside[-1]] = _kernel(workload, ops, gone, remade if c in whole else set())
-    return replace(phase, ops=tuple(made[i] for i in sorted(made)))
+        made[c] = _kernel(workload, ops, gone, remade if c in whole else set())
+    return replace(phase, ops=tuple(made[c] for c in order))
 
 
 def _remade(
@@ -152,10 +186,11 @@ def _kernel(workload: Workload, ops: Sequence[Op], gone: set[str], remade: set[s
         return replace(
             ops[-1], kind=kind, reads=reads, writes=writes, flops=flops, per_element=rates
         )
-    group = heavy.group.partition(":")[0]
+    group, _, which = heavy.group.partition(":")
+    name = f"{group}_backward" if which.endswith("backward") else group
     shape = {k: n for k, n in heavy.shape.items() if k != "causal"}
     return replace(
-        heavy, name=group, kind=group, reads=reads, writes=writes, per_element=rates,
+        heavy, name=name, kind=group, reads=reads, writes=writes, per_element=rates,
         flops=flops * heavy.shape.get("causal", 1.0), shape=shape, group="",
     )  # fmt: skip
 

@@ -122,8 +122,11 @@ def flops(
     formula = flop_registry.get(packet)
     if formula is not None:
         return float(formula(*args, **kwargs, out_val=out))
+    if packet is torch.ops.aten._grouped_mm:
+        return 2.0 * out.numel() * args[0].shape[-1]
     if kind == "matmul":  # a vector on one side: not in torch's table
-        return 2.0 * read
+        sizes = [t.numel() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
+        return 2.0 * max(sizes, default=0)
     if kind in ("copy", "gather"):
         return 0.0
     if kind == "softmax":

@@ -22,7 +22,7 @@ from narrows.core.workload import FUSIBLE, PERSISTENT, Op, Use, Workload
 CANDIDATES = 12
 """Distances between equal ops that are tried as the length of a layer, most frequent first."""
 
-LEAST = 3
+LEAST = 2
 """Shortest block that is folded, in ops."""
 
 

@@ -110,8 +110,8 @@ def trace_generation(
     config: Any = model.config
     name = source if isinstance(source, str) and not Path(source).exists() else (
         str(getattr(config, "_name_or_path", "") or config.model_type))  # fmt: skip
-    windows = causal_modules(model)
-    windows = {f"{p.name}.{path}": w for p in phases for path, w in windows.items()}
+    windows = {f"{p.name}.{path}": window for p in phases
+               for path, window in causal_modules(model, store.windows).items()}  # fmt: skip
     facts = {**_facts(model, prompt, generate, batch), "cache": cache}
     return workload_of(name, {**tensors, **store.tensors}, tuple(phases), facts, folded, windows)
 
@@ -150,13 +150,19 @@ def _facts(model: Any, prompt: int, generate: int, batch: int) -> dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One storage of cached keys or values: whose it is, and how many tokens it holds."""
+    """One storage of cached keys or values: whose it is, and what of it a pass touches.
+
+    slot: a write reaches the token that is new only, not all of the storage. past: it holds the
+    tokens before the new one, not the new one itself.
+    """
 
     prompt: str
     new: str
     decoding: bool
     tokens: int
     window: int
+    slot: bool
+    past: bool
 
 
 class _Store:
@@ -182,7 +188,10 @@ class _Store:
         make = _InPlace if kind == "static" else _Growing
         return Cache(layers=[make(self, i, before, decoding) for i in range(len(self.windows))])
 
-    def know(self, layer: int, what: str, tensor: torch.Tensor, decoding: bool) -> None:
+    def know(
+        self, layer: int, what: str, tensor: torch.Tensor, decoding: bool, slot: bool = False,
+        past: bool = False,
+    ) -> None:  # fmt: skip
         """Register a storage of keys or values that a layer of the cache made."""
         heads, tokens, dim = tensor.shape[1], tensor.shape[2], tensor.shape[3]
         window = self.windows[layer]
@@ -192,7 +201,7 @@ class _Store:
             tensor, f"cache.{layer}.{what}", "kv", ("batch", "head", "token", "channel")
         )
         held.role, held.axes = "kv", ("batch", "head", "token", "channel")
-        self.storages[held.name] = _Part(names[0], names[1], decoding, tokens, window)
+        self.storages[held.name] = _Part(names[0], names[1], decoding, tokens, window, slot, past)
         for name, count in zip(names, (self.prompt, self.generate), strict=True):
             layers = self._layers.setdefault(name, set())
             layers.add(layer)
@@ -213,28 +222,27 @@ class _Store:
         for tensor, rate in op.per_element.items():
             part = self.storages.get(tensor)
             rates.update({tensor: rate} if part is None else {part.prompt: rate, part.new: rate})
-        return replace(op, reads=self._split(op.reads), writes=self._split(op.writes),
-                       per_element=rates)  # fmt: skip
+        return replace(
+            op, reads=self._split(op.reads, False), writes=self._split(op.writes, True),
+            per_element=rates,
+        )  # fmt: skip
 
-    def _split(self, uses: Sequence[Use]) -> tuple[Use, ...]:
+    def _split(self, uses: Sequence[Use], written: bool) -> tuple[Use, ...]:
         made: list[Use] = []
         for use in uses:
             part = self.storages.get(use.tensor)
             if part is None:
                 made.append(use)
-                continue
-            tokens = use.at.get("token", float(part.tokens))
-            if not part.decoding:
+            elif not part.decoding:
+                tokens = use.at.get("token", float(part.tokens))
                 made.append(Use(part.prompt, {"layer": 1.0, "token": tokens}))
-            elif tokens == 1 and part.tokens > 1:
+            elif written and part.slot:
                 made.append(Use(part.new, {"layer": 1.0, "token": 1.0}))
             else:
-                # A read of all tokens but the one being written is short of it on average too.
-                short = part.tokens - tokens if not part.window else 0.0
                 old, new = self.span.old_keys(part.window), self.span.new_keys(part.window)
                 if self.prompt:
                     made.append(Use(part.prompt, {"layer": 1.0, "token": old}))
-                made.append(Use(part.new, {"layer": 1.0, "token": new - short}))
+                made.append(Use(part.new, {"layer": 1.0, "token": new - part.past}))
         return tuple(made)
 
 
@@ -260,10 +268,10 @@ class _Layer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self.before
 
-    def past(self, fresh: torch.Tensor, tokens: int, what: str) -> torch.Tensor:
+    def storage(self, fresh: torch.Tensor, tokens: int, what: str, past: bool) -> torch.Tensor:
         """A storage of so many tokens, like the fresh keys or values, known to the store."""
         made = fresh.new_empty((*fresh.shape[:2], tokens, fresh.shape[3]))
-        self.store.know(self.layer, what, made, self.decoding)
+        self.store.know(self.layer, what, made, self.decoding, not past, past)
         return made
 
 
@@ -275,7 +283,7 @@ class _InPlace(_Layer):
         count = key_states.shape[-2]
         for what, fresh in (("key", key_states), ("value", value_states)):
             keep = min(count, self.window) if self.window else count
-            buffer = self.past(fresh, self.held() + keep, what)
+            buffer = self.storage(fresh, self.held() + keep, what, past=False)
             buffer[:, :, self.held() :].copy_(fresh[:, :, count - keep :])
             made.append(buffer if self.decoding else fresh)
         self.keys, self.values = made
@@ -288,8 +296,10 @@ class _Growing(_Layer):
     def update(self, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
         made: list[torch.Tensor] = []
         for what, fresh in (("key", key_states), ("value", value_states)):
-            past = self.past(fresh, self.held(), what) if self.held() else fresh.new_empty((0,))
-            joined = torch.cat([past, fresh], dim=-2)
+            parts = [fresh]
+            if self.held():
+                parts = [self.storage(fresh, self.held(), what, past=True), fresh]
+            joined = torch.cat(parts, dim=-2)
             self.store.know(self.layer, what, joined, self.decoding)
             made.append(joined)
         self.keys, self.values = made

@@ -169,19 +169,19 @@ def _head(b: Builder, config: TransformerConfig, hidden: str, tp: int, last: boo
         hidden = b.linear("project_out", hidden, {"channel": config.embed_dim})
     out = b.make("logits", {"token": count, "vocab": config.vocab / tp})
     rows = b.batch * count
+    bias = ["lm_head.bias"] if config.head_bias else []
     b.run(
-        "lm_head", "matmul", [Use(hidden, {"token": count}), weight], [out],
+        "lm_head", "matmul", [Use(hidden, {"token": count}), weight, *bias], [out],
         per_element={weight: 2.0 * rows}, precision=b.precision, note=Note((hidden,)),
         shape={"m": rows, "n": config.vocab / tp, "k": config.embed_dim or config.hidden},
     )  # fmt: skip
-    if config.head_bias:
-        biased = b.like(out, "logits.biased")
-        out = b.map("lm_head.add", "pointwise", [out, "lm_head.bias"], biased, passes=True)
     if config.softcap:
         for step in ("divide", "tanh", "multiply"):
             made = b.like(out, f"logits.{step}")
             saves = [made] if step == "tanh" else []
             out = b.map(f"softcap.{step}", "pointwise", [out], made, saves=saves)
     if tp > 1:
+        # The message of a gather is what it gathers: all parts together.
+        out = b.like(out, "logits.gathered", {"vocab": config.vocab})
         b.run("logits.all_gather", "all_gather", [out], [out], shape={"peers": tp})
     b.tensors[out] = replace(b.tensors[out], role="output")

@@ -178,13 +178,21 @@ def _backward(out: Any) -> None:
     loss.backward(None if loss.dim() == 0 else torch.empty_like(loss))
 
 
-def causal_modules(module: torch.nn.Module) -> dict[str, int]:
-    """Modules that say their attention is causal, by path, with their sliding window or 0."""
-    return {
-        path: int(getattr(child, "sliding_window", 0) or 0)
-        for path, child in module.named_modules()
-        if getattr(child, "is_causal", False) is True
-    }
+def causal_modules(module: torch.nn.Module, windows: Sequence[int] = ()) -> dict[str, int]:
+    """Modules that say their attention is causal, by path, with their sliding window or 0.
+
+    windows: by number of the layer, where they are known better than from the modules.
+    """
+    found: dict[str, int] = {}
+    for path, child in module.named_modules():
+        if getattr(child, "is_causal", False) is not True:
+            continue
+        index = getattr(child, "layer_idx", None)
+        if isinstance(index, int) and index < len(windows):
+            found[path] = windows[index]
+        else:
+            found[path] = int(getattr(child, "sliding_window", 0) or 0)
+    return found
 
 
 def _finish(recorder: Recorder) -> tuple[dict[str, Tensor], list[Op]]:

@@ -41,7 +41,7 @@ def _marked(phase: Phase, windows: Mapping[str, int]) -> Phase:
             inside |= _copies(ops, writer, readers, (first, second))
         elif op.kind.startswith("attention"):
             first = second = i
-            inside = {i}
+            inside = {i, *_copies(ops, writer, readers, (i,))}
         else:
             continue
         inside |= _merges(ops, readers, second)
@@ -100,7 +100,7 @@ def _descend(
 
 def _copies(
     ops: list[Op], writer: Mapping[str, int], readers: Mapping[str, list[int]],
-    products: tuple[int, int],
+    products: tuple[int, ...],
 ) -> set[int]:  # fmt: skip
     """Copies made for the products only: repeated heads, transposed operands."""
     found: set[int] = set()

@@ -128,7 +128,7 @@ class _Backward:
                 made = self._new(source.tensor)
                 self._emit(op, "input", [*outs, use], [Use(made)], per_element={use.tensor: rate},
                            shape=_turned(op.shape, "input"))  # fmt: skip
-                self._send(op, source, made, fresh=True)
+                self._send(op, source, made)
         if weights:
             return
         shape = dict(op.shape)
@@ -138,7 +138,7 @@ class _Backward:
             made = self._new(source.tensor)
             other = inputs[1 - i] if len(inputs) == 2 else source
             self._emit(op, f"input{i}", [*outs, other], [Use(made)], flops=op.flops, shape=shape)
-            self._send(op, source, made, fresh=True)
+            self._send(op, source, made)
 
     def _pointwise(
         self, op: Op, note: Note, grad: str, inputs: list[Use], weights: list[Use]
@@ -158,17 +158,17 @@ class _Backward:
                 reads = [Use(grad), *(Use(w.tensor, w.at) for w in weights)]
             writes = [Use(made), *(self._weight(w.tensor) for w in weights)] if whole else [
                 Use(made)]  # fmt: skip
-            self._emit(op, f"input{i}", reads, writes)
+            last = op.name.rsplit(".", 1)[-1]
+            self._emit(op, f"{last}_backward", reads, writes)
             for extra in range(note.extra):
-                self._emit(op, f"input{i}.{extra}", [Use(made)], [Use(made)])
-            self._send(op, use, made, fresh=True)
+                self._emit(op, f"extra{extra}", [Use(made)], [Use(made)])
+            self._send(op, use, made)
 
     # -- gradients ---------------------------------------------------------------------------
 
-    def _send(self, op: Op, use: Use, grad: str, fresh: bool = False) -> None:
+    def _send(self, op: Op, use: Use, grad: str) -> None:
         """Let a gradient reach a tensor: the first is taken, later ones are added."""
-        partial = any(axis != "layer" for axis in use.at)
-        if partial:
+        if any(axis != "layer" for axis in use.at):
             whole = self._new(use.tensor)
             self._emit(op, "slice", [Use(grad)], [Use(whole)], kind="copy")
             grad = whole
