@@ -9,15 +9,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
+from narrows.claims._snapkv import (
+    by_definition,
+    candidates,
+    random_model,
+    recalled,
+    reference,
+    unseen,
+)
 from narrows.core.case import Case
 from narrows.core.claim import Figure, Inconclusive, claim
 from narrows.core.plan import Plan
@@ -34,7 +40,6 @@ if TYPE_CHECKING:
 ABSTRACT = "abstract"
 CARD = "systems/kv_cache.md, card snapkv, works when"
 ROOT = Path(__file__).parents[2]
-ANSWERS = 1024
 PAPER_DEFAULTS = {"capacity": 2048, "window": 32, "kernel": 5, "pool": "avg"}
 """Of the official code's configuration (snapkv_utils.py, init_snapkv)."""
 
@@ -57,38 +62,6 @@ def mutant() -> Iterator[str]:
 
 
 # --- exact ---------------------------------------------------------------------------------------
-
-
-def by_definition(
-    queries: np.ndarray, keys: np.ndarray, scaling: float, technique: SnapKV
-) -> list[list[int]]:
-    """Positions each KV head keeps of one prompt, ascending: the mechanism written out, float64.
-
-    queries: (heads, tokens, head_dim), keys: (kv_heads, tokens, head_dim).
-    """
-    (heads, tokens, _), kv_heads = queries.shape, keys.shape[0]
-    kept = int(technique.budget(tokens))
-    if kept == tokens:
-        return [list(range(tokens)) for _ in range(kv_heads)]
-    group, half = heads // kv_heads, technique.kernel // 2
-    prefix = tokens - technique.window
-    pooled = np.zeros((heads, prefix))
-    for head in range(heads):
-        votes = np.zeros(prefix)
-        for row in range(prefix, tokens):
-            scores = keys[head // group, : row + 1] @ queries[head, row] * scaling
-            weights = np.exp(scores - scores.max())
-            votes += (weights / weights.sum())[:prefix]
-        for i in range(prefix):
-            near = votes[max(i - half, 0) : i + half + 1]
-            pooled[head, i] = near.max() if technique.pool == "max" else (
-                near.sum() / technique.kernel)  # fmt: skip
-    chosen: list[list[int]] = []
-    for head in range(kv_heads):
-        mean = sum(pooled[head * group + i] for i in range(group)) / group
-        best = np.argsort(-mean, kind="stable")[: kept - technique.window]
-        chosen.append(sorted(int(i) for i in best) + list(range(prefix, tokens)))
-    return chosen
 
 
 @claim(
@@ -164,7 +137,7 @@ def _difference(capacity: int) -> float:
 
     from narrows.kv.adapter import ATTENTION, KVCache
 
-    model = _random_model()
+    model = random_model()
     model.set_attn_implementation(ATTENTION)
     ids = torch.randint(1, 128, (2, 208), generator=torch.Generator().manual_seed(0))
     caches = KVCache(model.config), SnapKV(capacity).cache(model.config)
@@ -185,7 +158,7 @@ def position_of_the_next_token() -> float:
     """Positions count on from the prompt, whatever was dropped of it."""
     import torch
 
-    model = _random_model()
+    model = random_model()
     seen: list[int] = []
     ids = torch.randint(1, 128, (1, 300), generator=torch.Generator().manual_seed(0))
     with SnapKV(ratio=0.75).apply(model) as applied, torch.inference_mode():
@@ -198,72 +171,11 @@ def position_of_the_next_token() -> float:
     return float(seen[0])
 
 
-def _random_model() -> Any:
-    """A small random Llama whose attention is peaked."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=16, initializer_range=0.3,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return LlamaForCausalLM(config).eval()
-
-
 # --- quality of the reference model --------------------------------------------------------------
 
 
-@cache
-def _reference() -> tuple[Any, Any]:
-    from narrows.models import recall_lm
-
-    try:
-        return recall_lm.load()
-    except FileNotFoundError as error:
-        raise Inconclusive(str(error)) from error
-
-
-@cache
-def _unseen() -> np.ndarray:
-    """Text the reference model was not trained on, as tokens."""
-    from narrows.models.recall_lm import corpus
-
-    tokenizer = _reference()[1]
-    texts = [np.array(tokenizer.encode(t), np.int64) for t in corpus.unseen().values()]
-    return np.concatenate(texts)
-
-
-def _candidates() -> dict[str, Any]:
-    """Ways to spend an eighth of the cache of 2,048 tokens."""
-    from narrows.kv.baselines import KeyNorm, RandomEviction, WindowOnly
-
-    kept = 2048 // 8
-    return {
-        "dense": None, "snapkv": SnapKV(kept), "not pooled": SnapKV(kept, kernel=1),
-        "random": RandomEviction(kept), "window only": WindowOnly(kept), "key norm": KeyNorm(kept),
-    }  # fmt: skip
-
-
-@cache
-def _recalled(task: str, later: bool = False) -> Mapping[str, Any]:
-    """Shares of right answers at 2,048 tokens, by candidate."""
-    from narrows.kv import quality
-    from narrows.models.recall_lm import tasks
-
-    model, tokenizer = _reference()
-    alphabet, rng = tasks.Alphabet.of(tokenizer), np.random.default_rng(3)
-    count = 1 if task == "needle" else 16
-    answers = ANSWERS // 4 if later else ANSWERS
-    batch = tasks.pairs(
-        rng, alphabet, _unseen(), 2048, answers, count, value_tokens=6 if count == 1 else 2
-    )
-    return quality.right(model, _candidates(), batch, asked_later=later)
-
-
 def _beside_dense(task: str, name: str) -> Figure:
-    told = _recalled(task)
+    told = recalled(task)
     full = told["dense"].share
     if full < 0.5:
         raise Inconclusive(f"the model itself recalls only {full:.0%}: nothing to compare")
@@ -276,31 +188,43 @@ def _beside_dense(task: str, name: str) -> Figure:
 
 
 @claim(
-    expected=(0.95, 1.05), unit="of dense recall", how="measured", cost=900.0, source=CARD,
+    expected=(0.95, 1.05), unit="of dense recall", how="measured", cost=400.0, source=CARD,
     needs=("torch", "data"), control="random eviction at equal bytes",
-    setting="recall-lm, one needle of 6 tokens in 2,048 of unseen text, 1/8 of the cache",
+    setting="recall-lm, one needle of 3 tokens in 2,048 of unseen text, 1/8 of the cache",
 )  # fmt: skip
 def needle_recall() -> Figure:
     """The question stands in the window. Details give the drop when it comes later."""
     found = _beside_dense("needle", "snapkv")
-    later = _recalled("needle", later=True)["snapkv"]
+    later = recalled("needle", later=True)["snapkv"]
     return replace(found, details={**found.details, "asked after compression": str(later)})
 
 
 @claim(
-    expected=(0.95, 1.05), unit="of dense recall", how="measured", cost=900.0, source=CARD,
+    expected=(0.95, 1.05), unit="of dense recall", how="measured", cost=400.0, source=CARD,
     needs=("torch", "data"), control="random eviction at equal bytes",
-    setting="recall-lm, one of 16 pairs in 2,048 tokens of unseen text, 1/8 of the cache",
+    setting="recall-lm, one of 16 pairs (2-token values) in 2,048 tokens, 1/8 of the cache",
 )  # fmt: skip
 def pairs_recall() -> Figure:
     """As needle_recall, with 15 distractors."""
     found = _beside_dense("pairs", "snapkv")
-    later = _recalled("pairs", later=True)["snapkv"]
+    later = recalled("pairs", later=True)["snapkv"]
     return replace(found, details={**found.details, "asked after compression": str(later)})
 
 
 @claim(
-    expected=(0.0, 0.5), unit="of dense recall", how="measured", cost=900.0, source=CARD,
+    expected=(0.95, 1.05), unit="of dense recall", how="measured", cost=120.0, source=CARD,
+    needs=("torch", "data"), setting="as needle_recall, but a needle of 6 tokens",
+    explained="the end of the prompt looks at the first token of the value only, and a kernel of 5 "
+    "keeps two tokens beyond a peak; recall-lm finds each later token when it has said the one "
+    "before. Kernel 13 reaches the whole value (details)",
+)  # fmt: skip
+def long_needle_recall() -> Figure:
+    """Values longer than (kernel + 1) / 2 tokens lose their end."""
+    return _beside_dense("long needle", "snapkv")
+
+
+@claim(
+    expected=(0.0, 0.5), unit="of dense recall", how="measured", cost=400.0, source=CARD,
     needs=("torch", "data"), setting="as needle_recall, random tokens kept beside the window",
 )  # fmt: skip
 def needle_recall_of_random_eviction() -> Figure:
@@ -309,7 +233,7 @@ def needle_recall_of_random_eviction() -> Figure:
 
 
 @claim(
-    expected=(0.0, 0.5), unit="of dense recall", how="measured", cost=900.0, source=CARD,
+    expected=(0.0, 0.5), unit="of dense recall", how="measured", cost=400.0, source=CARD,
     needs=("torch", "data"), setting="as needle_recall, the most recent tokens and 4 sinks kept",
 )  # fmt: skip
 def needle_recall_of_the_window_only() -> Figure:
@@ -318,12 +242,12 @@ def needle_recall_of_the_window_only() -> Figure:
 
 
 @claim(
-    expected=(0.05, 1.0), unit="points of recall", how="measured", cost=900.0, source=CARD,
+    expected=(0.05, 1.0), unit="points of recall", how="measured", cost=400.0, source=CARD,
     needs=("torch", "data"), setting="as needle_recall, kernel 5 against kernel 1",
 )  # fmt: skip
 def pooling_on_values_of_several_tokens() -> Figure:
     """Pooling keeps the neighbours of a peak, so whole values survive."""
-    told = _recalled("needle")
+    told = recalled("needle")
     gain = told["snapkv"].share - told["not pooled"].share
     return Figure(gain, details={n: str(told[n]) for n in ("snapkv", "not pooled")})
 
@@ -337,7 +261,7 @@ def perplexity_beside_random_eviction() -> Figure:
     """Below 1: what the end of the text looks at is worth more than random tokens."""
     from narrows.kv import quality
 
-    told = quality.perplexity(_reference()[0], _candidates(), _unseen())
+    told = quality.perplexity(reference()[0], candidates(), unseen())
     return Figure(told["snapkv"] / told["random"], details={n: f"{p:.3f}" for n, p in told.items()})
 
 
@@ -367,7 +291,7 @@ def _decoding() -> tuple[Generation, Case, Case]:
 
     technique = SnapKV(8192 // 8)
     case = narrows.case("reference", "here", prompt=8192, generate=32, batch=8, dtype="fp32")
-    model = _reference()[0].to(torch.float32)
+    model = reference()[0].to(torch.float32)
     model.set_attn_implementation(ATTENTION)
     caches = {"dense": KVCache(model.config), "snapkv": technique.cache(model.config)}
     ids = prompts(model.config.vocab_size, 8, 8192)

@@ -63,15 +63,18 @@ def recall(
 
     policies: by candidate's name, None for the dense cache. haystack: token ids, int64. Prompts
     of `tokens` tokens end with the question. The first token of an answer comes from prefill, as
-    in real use; the others through the cache.
+    in real use; the others through the cache. Values of several lengths tell what pooling is for:
+    the end of a prompt looks at the first token of an answer, not yet at those that follow it.
     """
     from narrows.models.recall_lm import tasks
 
     alphabet = tasks.Alphabet.of(tokenizer)
     rng = np.random.default_rng(seed)
+    kinds = {"a needle of 3 tokens": (1, 3), "16 pairs of 2 tokens": (16, 2),
+             "a needle of 6 tokens": (1, 6)}  # fmt: skip
     batches = {
-        "one needle": tasks.needle(rng, alphabet, haystack, tokens, answers),
-        "16 pairs": tasks.pairs(rng, alphabet, haystack, tokens, answers, 16),
+        task: tasks.pairs(rng, alphabet, haystack, tokens, answers, count, size)
+        for task, (count, size) in kinds.items()
     }
     told: dict[str, dict[str, Any]] = {}
     for i, (task, batch) in enumerate(batches.items()):
@@ -170,6 +173,8 @@ def through(
         whole = KVCache(model.config, every)
         first = model(prompt, past_key_values=whole, use_cache=True, logits_to_keep=1).logits
         del whole
+        if not rest.shape[1]:
+            return {name: first for name in policies}  # noqa: C420 - typed by its value
         return {
             name: torch.cat([first, model(rest, past_key_values=cache, use_cache=True).logits], 1)
             for name, cache in caches.items()

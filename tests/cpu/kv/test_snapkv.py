@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from narrows.claims.snapkv import by_definition
+from narrows.claims._snapkv import by_definition
 from narrows.core.errors import NarrowsError
 from narrows.kv import select_torch
 from narrows.kv._base import Prompt
