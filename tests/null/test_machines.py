@@ -80,7 +80,15 @@ def example(**changes: object) -> Machine:
     links = {"net": Link("net", 25e9 / 7, 1.3e-6, 8, "ring", "s"), "bus": Link("bus", 32e9)}
     fitted = {
         "matmul": Calibration(
-            "matmul", 0.71, 0.82, 8e-6, ((128, 64),), 1044, "s", "2024", Error(0.05, 0.07, 1 / 7, 900)
+            "matmul",
+            0.71,
+            0.82,
+            8e-6,
+            ((128, 64),),
+            1044,
+            "s",
+            "2024",
+            Error(0.05, 0.07, 1 / 7, 900),
         ),
         "all_reduce": Calibration("all_reduce", memory=0.5, fixed=2.6e-5, n=9, step=1e-6),
     }

@@ -49,7 +49,9 @@ def test_nothing_is_calibrated_to_beat_its_datasheet():
 
 def test_predictions_never_beat_the_limit():
     rows = np.geomspace(1, 1e5, 50)
-    machine = toys.machine(units=3).calibrated(Calibration("matmul", 0.9, 0.8, 0.01, tiles=((16, 4),)))
+    machine = toys.machine(units=3).calibrated(
+        Calibration("matmul", 0.9, 0.8, 0.01, tiles=((16, 4),))
+    )
     priced = price(toys.product(rows), machine)[0]
     assert np.all(priced.seconds >= priced.limit)
 
