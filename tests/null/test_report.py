@@ -187,7 +187,7 @@ def test_tables_of_validation(width: int) -> None:
     assert "35 %" in got
     assert "Refused 30 rows" in got
     assert "a.csv:2: too fast" in got
-    assert "18 more" in got
+    assert "27 more" in got
     assert "No verdict" in shown(lambda c: text.here(c, Checked()), width)
 
 
