@@ -28,7 +28,7 @@ from narrows.core.errors import NarrowsError, unknown
 from narrows.core.flow import Flow
 from narrows.core.method import Instrument, Reading
 from narrows.core.resource import Kind, Resource
-from narrows.information._base import information, observed, symbols
+from narrows.information._base import entropy, information, observed, symbols
 from narrows.information.ruler import SPANS, cut
 from narrows.information.source import Source
 
@@ -167,38 +167,39 @@ class InformationPlane(Instrument):
         value = min(seen.hx + excess, top_x)
         sampled = not source.population
         facts = {"outside": outside, "saturated": value > top_x - 0.01, "symbols": met}
-        spread = -np.log2(count[code] / n)
-        x = Reading(value, "bit", _interval(value, spread, top_x, sampled), top_x, facts)
-        rng = np.random.default_rng(0)
-        shuffled = [observed(code, rng.permutation(source.y), True).value for _ in range(SHUFFLES)]
-        told = {"null": float(np.mean(shuffled)), "saturated": seen.value > seen.hy - 0.01}
+        x = Reading(
+            value, "bit", _interval(value, code, code, top_x, sampled), top_x, facts
+        )  # fmt: skip
+        labels = symbols(source.y)
+        # shuffling moves neither marginal: only the joint table is counted anew
+        rng, many = np.random.default_rng(0), int(labels.max()) + 1
+        tables = [np.bincount(code * many + rng.permutation(labels)) for _ in range(SHUFFLES)]
+        null = np.mean([seen.hx + seen.hy - float(entropy(t / n)) for t in tables])
+        told = {"null": max(float(null), 0.0), "saturated": seen.value > seen.hy - 0.01}
         if source.posterior is not None:
             table = np.zeros((len(count), source.posterior.shape[1]))
             np.add.at(table, code, source.posterior / n)
             told["of_rule"] = float(information(table))
         label = max(seen.value - seen.bias, 0.0)
-        point = _pointwise(code, source.y)
         top_y = min(seen.hy, cells)
-        y = Reading(label, "bit", _interval(label, point, top_y, sampled), top_y, told)
+        y = Reading(label, "bit", _interval(label, code, labels, top_y, sampled), top_y, told)
         return Layer(name, units, x, y)
 
 
-def _pointwise(code: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """log2 p(t, y) / p(t) p(y) of every row, (n,)."""
-    n = len(code)
-    y = symbols(y)
-    both = symbols(np.stack([code, y], axis=1))
-    joint, left, right = np.bincount(both), np.bincount(code), np.bincount(y)
-    return np.log2(joint[both] * n / (left[code] * right[y]))
-
-
 def _interval(
-    value: float, terms: np.ndarray, ceiling: float, sampled: bool
+    value: float, t: np.ndarray, y: np.ndarray, ceiling: float, sampled: bool
 ) -> tuple[float, float]:
-    """95 % interval from the spread of the rows' terms; the value itself for a population."""
+    """95 % interval of I(T; Y) of symbols (n,), or of H(T) where y is t; a population has none.
+
+    From the spread of log2 p(t, y) / p(t) p(y) over the rows.
+    """
     if not sampled:
         return value, value
-    half = 1.96 * float(terms.std()) / len(terms) ** 0.5
+    n = len(t)
+    both = symbols(np.stack([t, y], axis=1))
+    joint, left, right = np.bincount(both), np.bincount(t), np.bincount(y)
+    terms = np.log2(joint[both] * n / (left[t] * right[y]))
+    half = 1.96 * float(terms.std()) / n**0.5
     return max(value - half, 0.0), min(value + half, ceiling)
 
 
