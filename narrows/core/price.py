@@ -167,7 +167,9 @@ def price_phase(workload: Workload, phase: Phase, machine: Machine) -> PhasePric
     terms: dict[str, np.ndarray] = {}
 
     def charge(table_: dict[str, np.ndarray], name: str, i: int, value: Number) -> None:
-        table_.setdefault(name, np.zeros((len(ops), *shape)))[i] += value
+        if name not in table_:
+            table_[name] = np.zeros((len(ops), *shape))
+        table_[name][i] += value
 
     known: set[str] = set()
     for i, op in enumerate(ops):

@@ -150,7 +150,7 @@ class _Backward:
             made = self._new(op.writes[0].tensor)
             self._emit(op, "weight", [Use(grad), *saved], [Use(made)], kind="pointwise")
             self._emit(op, "weight.sum", [Use(made)], [self._weight(use.tensor)], kind="reduce")
-        for i, use in enumerate(inputs):
+        for use in inputs:
             made = self._new(use.tensor, use.at)
             others = [u for u in op.reads if u.tensor != use.tensor] if len(op.reads) > 1 else []
             reads = [Use(grad), *(saved if len(inputs) == 1 or whole else others)]

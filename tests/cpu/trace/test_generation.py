@@ -80,7 +80,7 @@ def test_each_op_is_a_kernel_that_torch_launches():
     launched: list[str] = []
 
     class Count(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
             ins = {t.untyped_storage()._cdata for t in torch.utils._pytree.tree_leaves(args)
                    if isinstance(t, torch.Tensor)}  # fmt: skip
