@@ -1,40 +1,20 @@
 """How a torch module, a Hugging Face configuration or a training step becomes a Workload.
 
-config.py      TransformerConfig         any Hugging Face config.json of a decoder-only transformer
-shapes.toml    shape, shapes             the shipped catalogue of public configurations
+config.py      TransformerConfig, shape  the shape of a transformer; shipped ones by name
+families.py    read                      how each family words its config.json
+shapes.toml                              the shipped catalogue of public configurations
 llm.py         llm                       the closed form: no torch, one case or thousands
 weights.py     weight_tensors            the weights of a configuration as tensors
-blocks.py      Builder                   the kernels of a layer, as eager frameworks run them
+layers.py      layer, Cache, Span        one block, over a cache of keys and values
+blocks.py      Builder                   the kernels of a block, as eager frameworks run them
 training.py    training_step             forward, backward and optimiser in closed form
 module.py      trace                     any torch module or callable, on meta tensors
-aten.py        describe                  op class and flops of a torch kernel
-fold.py        fold                      repeated layers become one block that runs so many times
 generation.py  trace_generation          prefill and decode of a causal language model
+recorder.py    Recorder                  the kernels of a run, over the storages they touch
+modes.py       Dispatch, Functions       what stands between torch and the kernels meanwhile
+aten.py        kind_of, flops            op class and operations of a torch kernel
+patterns.py    mark_attention            attention written out in several kernels
+fold.py        fold                      repeated layers become one block that runs so many times
 
-Only module.py, aten.py and generation.py need torch.
+Only module, generation, recorder, modes and aten need torch.
 """
-
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from narrows.trace.config import TransformerConfig, shape, shapes
-    from narrows.trace.llm import llm
-
-_HOMES = {
-    "TransformerConfig": "narrows.trace.config",
-    "shape": "narrows.trace.config",
-    "shapes": "narrows.trace.config",
-    "llm": "narrows.trace.llm",
-}
-
-__all__ = ["TransformerConfig", "llm", "shape", "shapes"]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'narrows.trace' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(_HOMES[name]), name)

@@ -121,7 +121,7 @@ class Builder:
         saves: Sequence[str] = (), passes: bool = False, extra: int = 0,
     ) -> str:  # fmt: skip
         """A kernel that makes `out` with `cost` operations for each of its elements."""
-        flops = cost * self.tensors[out].elements()
+        flops = cost * self.tensors[out].elements() if cost else 0.0
         self.run(name, kind, reads, [out], flops, note=Note(tuple(saves), passes, extra))
         return out
 

@@ -124,7 +124,7 @@ def published(name: str) -> Mapping[str, Any]:
     """The fields of a shipped configuration as its publisher gives them, and `source`."""
     found = _catalogue()
     if name not in found:
-        raise unknown("model", name, found, "`narrows machines` and the docs list what is shipped")
+        raise unknown("model", name, found, f"shipped are {', '.join(found)}")
     return found[name]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from narrows.core.fusion import fuse
 from narrows.core.workload import Workload
-from narrows.trace.config import published, shape, shapes
+from narrows.trace.config import TransformerConfig, published, shape, shapes
 from narrows.trace.generation import meta_model, trace_generation
 from narrows.trace.llm import llm
 from narrows.trace.module import trace
@@ -139,3 +140,18 @@ def test_training_step(dtype: str):
     assert flash[0].flops(phase) == pytest.approx(flash[1].flops(phase), rel=0.01)
     found, expected = (moved(w, phase) for w in flash)
     assert found == pytest.approx(expected, rel=0.10)
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_transformers_writes_what_publishers_do(name: str):
+    """Shape and parameters of a configuration that went through transformers."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    fields = {k: v for k, v in published(name).items() if k not in ("source", "model_type")}
+    config = AutoConfig.for_model(published(name)["model_type"], **fields)
+    read = TransformerConfig.from_json(config.to_dict(), name)
+    assert replace(read, max_positions=0) == replace(shape(name), max_positions=0)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in model.parameters()) == shape(name).parameters
