@@ -46,6 +46,9 @@ from narrows.trace.module import trace
 LEAST_QUIET = 20
 """Quiet rows without which no verdict is given."""
 
+TURNS = 6
+"""Times a round alternates between a workload and the reference, where they are short enough."""
+
 BEYOND = 0.10
 """A row that beats the measured limit by more than this is refused, not averaged."""
 
@@ -179,7 +182,8 @@ def validate_here(
     for i, work in enumerate(works):
         if progress is not None:
             progress(i / len(works), work.name)
-        timed = interleave({"work": work.call, "reference": kernel}, repeats, seconds, device)
+        timed = interleave({"work": work.call, "reference": kernel}, repeats, seconds, device,
+                           turns=TURNS)  # fmt: skip
         ratio: Ratio = timed.ratio("work", to="reference")
         found = bound(Case(work.workload, machine, Plan(("flash",))))
         rows.append(

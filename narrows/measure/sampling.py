@@ -19,6 +19,9 @@ Call = Callable[[], object]
 REFERENCE = "reference"
 """Name of the rate (op/s) at which a machine runs the reference kernel."""
 
+REFERENCE_SECONDS = 3e-3
+"""What one reading of the reference kernel lasts at least: as long as a turn of validation."""
+
 
 @dataclass(frozen=True)
 class Micro:
@@ -43,7 +46,7 @@ def sample(
     """
     clock = Clock(device)
     calls = [row.call for row in rows]
-    repeated = [1] * len(rows)
+    repeated, loops = [1] * len(rows), inner_calls(clock, kernel, REFERENCE_SECONDS)
     found: list[np.ndarray] = []
     references: list[float] = []
     begin = perf_counter()
@@ -58,7 +61,7 @@ def sample(
             for i, call in enumerate(calls):
                 if i % 24 == 0:
                     kernel()
-                    beside.append(clock.read(kernel, 1))
+                    beside.append(clock.read(kernel, loops))
                 call()
                 if device == "cpu":
                     between()

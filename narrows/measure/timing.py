@@ -218,6 +218,13 @@ def best(
     return min(found)
 
 
+def part(calls: int, turn: int, turns: int) -> int:
+    """How many of a round's calls fall to one of its turns: spread evenly, a lone one amid."""
+    if calls < turns:
+        return int(any((2 * j + 1) * turns // (2 * calls) == turn for j in range(calls)))
+    return (turn + 1) * calls // turns - turn * calls // turns
+
+
 def interleave(
     candidates: Mapping[str, Callable[[], object]],
     repeats: int = 31,
@@ -225,10 +232,13 @@ def interleave(
     device: str = "cpu",
     warmup: int = 2,
     progress: Progress | None = None,
+    turns: int = 1,
 ) -> Timings:
     """Time candidates in turn: every round runs each of them once, in alternating order.
 
     min_seconds: shortest time a round spends on a candidate; quick calls are repeated within it.
+    turns: into how many a round divides those repeated calls, A B A B, so that what slows the
+    machine for a moment slows all candidates alike.
     warmup: calls of each before anything is read. The garbage collector is held off in between.
     Raises NarrowsError for no candidates or repeats below 1.
     """
@@ -248,8 +258,14 @@ def interleave(
         inner = {name: inner_calls(clock, candidates[name], min_seconds) for name in names}
         seconds = {name: np.empty(repeats) for name in names}
         for i in range(repeats):
-            for name in names if i % 2 == 0 else reversed(names):
-                seconds[name][i] = clock.read(candidates[name], inner[name])
+            spent = dict.fromkeys(names, 0.0)
+            for turn in range(turns):
+                for name in names if (i + turn) % 2 == 0 else reversed(names):
+                    calls = part(inner[name], turn, turns)
+                    if calls:
+                        spent[name] += clock.read(candidates[name], calls) * calls
+            for name in names:
+                seconds[name][i] = spent[name] / inner[name]
             if progress is not None:
                 progress((i + 1) / repeats, f"round {i + 1} of {repeats}")
     finally:

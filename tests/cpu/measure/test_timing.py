@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from narrows.core.errors import NarrowsError
-from narrows.measure.timing import Clock, Ratio, best, interleave, median_rank, passive_openmp
+from narrows.measure.timing import Clock, Ratio, best, interleave, median_rank, part, passive_openmp
 
 
 @pytest.fixture
@@ -34,6 +34,35 @@ def test_candidates_take_turns_in_alternating_order(scripted):
 
     interleave({"a": make("a"), "b": make("b")}, repeats=4, min_seconds=0.5, warmup=0)
     assert "".join(seen) == "ab" + "abba" * 2  # one call each to find how many fill a round
+
+
+def test_a_round_may_alternate_in_turns(scripted):
+    seen: list[str] = []
+
+    def make(name: str, seconds: float):
+        def call() -> float:
+            seen.append(name)
+            return seconds
+
+        return call
+
+    timings = interleave({"a": make("a", 1.0), "b": make("b", 9.0)}, repeats=1, min_seconds=4.0,
+                         warmup=0, turns=4)  # fmt: skip
+    assert timings["a"].inner >= 4
+    assert timings["b"].inner == 1
+    ran = "".join(seen[-timings["a"].inner - 1 :])
+    assert 0 < ran.index("b") < len(ran) - 1
+    assert timings["a"].median == 1.0
+    assert timings["b"].median == 9.0
+
+
+@pytest.mark.parametrize(
+    ("calls", "turns"), [(1, 4), (2, 4), (3, 4), (4, 4), (7, 4), (9, 2), (5, 1)]
+)
+def test_turns_share_out_all_calls(calls: int, turns: int):
+    parts = [part(calls, turn, turns) for turn in range(turns)]
+    assert sum(parts) == calls
+    assert max(parts) - min(parts) <= 1
 
 
 def test_short_calls_are_repeated_until_a_round_is_long_enough(scripted):
