@@ -62,11 +62,11 @@ def relieve(
     if progress:
         progress(1.0, "writing the report")
     return Report(
-        title=f"What limits {target.name} on {where.title}",
+        title=f"What limits {case.workload.name} on {where.title}",
         machine=where,
         bound=found,
         facts={
-            "model": target.name, "prompt": f"{prompt} tokens", "generated": f"{generate} tokens",
+            "model": case.workload.name, "prompt": f"{prompt} tokens", "generated": f"{generate} tokens",
             "batch": f"{batch} requests",
             "number format": str(case.workload.facts.get("dtype", "")),
         },

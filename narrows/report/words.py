@@ -204,10 +204,17 @@ def interval(row: Quality, figure: Interval) -> str:
 
 
 def costs(proof: Proof) -> str:
-    """What quality it cost, the first figure of it."""
+    """What quality it cost: the figure that lost most, so that a summary hides nothing."""
     if not proof.quality:
         return "Its quality was not measured."
-    row = proof.quality[0]
-    return f"{row.name[0].upper()}{row.name[1:]}: {value(row, row.dense)} before, " + (
-        f"{value(row, row.technique)} with it."
-    )
+
+    def loss(row: Quality) -> float:
+        before, after = row.dense.value, row.technique.value
+        lost = before - after if row.better == "higher" else after - before
+        return lost / abs(before) if before else lost
+
+    row = max(proof.quality, key=loss)
+    told = f"{row.name[0].upper()}{row.name[1:]}"
+    if len(proof.quality) > 1 and loss(row) > 0:
+        told = f"Most was lost in {row.name}"
+    return f"{told}: {value(row, row.dense)} before, {value(row, row.technique)} with it."
