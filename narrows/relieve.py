@@ -66,7 +66,9 @@ def relieve(
         machine=where,
         bound=found,
         facts={
-            "model": case.workload.name, "prompt": f"{prompt} tokens", "generated": f"{generate} tokens",
+            "model": case.workload.name,
+            "prompt": f"{prompt} tokens",
+            "generated": f"{generate} tokens",
             "batch": f"{batch} requests",
             "number format": str(case.workload.facts.get("dtype", "")),
         },
