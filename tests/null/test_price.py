@@ -1,4 +1,4 @@
-"""The law, by hand: rates, levels, calibration, tiles, caches, links, and one call for many cases."""
+"""The law, by hand: rates, levels, calibration, caches, links, and one call for many cases."""
 
 from __future__ import annotations
 

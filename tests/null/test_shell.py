@@ -15,9 +15,10 @@ from narrows.cli import main
 
 BLOCK = """
 import sys
+HEAVY = "torch", "transformers", "pandas", "scipy", "matplotlib", "numba"
 class Block:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("torch", "transformers", "pandas", "scipy", "matplotlib", "numba"):
+        if name.split(".")[0] in HEAVY:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, Block())
 from narrows.cli import main
