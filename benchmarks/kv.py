@@ -1,8 +1,8 @@
 """A decode step with SnapKV beside dense caches, predicted before it is measured.
 
-    python -m benchmarks.kv [--batch 8] [--prompt 8192] [--share 8] [--repeats 31]
+    python -m benchmarks.kv [--batch 8] [--prompt 8192] [--share 8] [--repeats 31] [--device cuda]
 
-recall-lm in fp32 on this machine. `dense, in place` shares its attention with SnapKV and is the
+recall-lm in fp32 on this machine (or its GPU). `dense, in place` shares its attention with SnapKV and is the
 one to beat: transformers' DynamicCache copies the whole cache at every step, its StaticCache
 masks and repeats it. All take turns in one run.
 """
@@ -39,7 +39,7 @@ def reference() -> tuple[Any, str]:
 
 
 def predicted(
-    model: Any, batch: int, prompt: int, steps: int, technique: Any
+    model: Any, batch: int, prompt: int, steps: int, technique: Any, machine: str
 ) -> tuple[dict[str, float], str]:
     """Seconds of a decode step by the bound on this machine, and how far to trust them."""
     import narrows
@@ -48,7 +48,7 @@ def predicted(
 
     config = TransformerConfig.from_json(model.config.to_dict())
     work = llm(config, prompt, steps, batch, dtype="fp32")
-    case = narrows.case(work, "here")
+    case = narrows.case(work, machine)
     dense, ours = case.bound(), case.with_(technique).bound()
     seconds = {DENSE: dense.phase("decode").seconds, OURS: ours.phase("decode").seconds}
     return {name: s / steps for name, s in seconds.items()}, dense.trust
@@ -80,7 +80,7 @@ def filled(model: Any, ids: Any, technique: Any, steps: int) -> tuple[dict[str, 
     return caches, prefill
 
 
-def measured(model: Any, ids: Any, caches: dict[str, Any], repeats: int) -> Timings:
+def measured(model: Any, ids: Any, caches: dict[str, Any], repeats: int, device: str) -> Timings:
     """Decode steps through each cache in turn; each step appends a token."""
     import torch
 
@@ -90,7 +90,8 @@ def measured(model: Any, ids: Any, caches: dict[str, Any], repeats: int) -> Timi
         return lambda: model(token, past_key_values=cache, use_cache=True)
 
     with torch.inference_mode():
-        return interleave({name: step(cache) for name, cache in caches.items()}, repeats)
+        steps = {name: step(cache) for name, cache in caches.items()}
+        return interleave(steps, repeats, device=device)
 
 
 def held(cache: Any) -> int:
@@ -105,6 +106,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=8192)
     parser.add_argument("--share", type=int, default=8, help="keep one in so many tokens")
     parser.add_argument("--repeats", type=int, default=31)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     import torch
 
@@ -112,17 +114,19 @@ def main() -> None:
 
     technique = SnapKV(capacity=options.prompt // options.share)
     model, what = reference()
+    model = model.to(options.device)
+    machine = "here" if options.device == "cpu" else "here-gpu"
     steps = options.repeats + 8
     print(f"{what}, fp32, {options.batch} x {options.prompt} tokens, "
           f"{technique.capacity} kept, {torch.get_num_threads()} threads")  # fmt: skip
-    told, trust = predicted(model, options.batch, options.prompt, steps, technique)
+    told, trust = predicted(model, options.batch, options.prompt, steps, technique, machine)
     hoped = told[DENSE] / told[OURS]
     print(f"predicted: dense {told[DENSE] * 1e3:.2f} ms, snapkv {told[OURS] * 1e3:.2f} ms a step, "
           f"{hoped:.2f}x ({trust})")  # fmt: skip
-    ids = torch.randint(3, 1024, (options.batch, options.prompt))
+    ids = torch.randint(3, 1024, (options.batch, options.prompt), device=options.device)
     caches, prefill = filled(model, ids, technique, steps)
     print(f"prefill: dense {prefill[DENSE]:.1f} s, snapkv {prefill[OURS]:.1f} s (once each)")
-    timings = measured(model, ids, caches, options.repeats)
+    timings = measured(model, ids, caches, options.repeats, options.device)
     print(f"{'':28}{'ms a step':>10}{'spread':>8}{'dense over it':>22}{'cache MB':>10}")
     for name, cache in caches.items():
         ratio = timings.speedup(name, over=DENSE)

@@ -35,10 +35,11 @@ def machine(
     """A machine by catalogue name or TOML path; `here` measures this one (once, then cached)."""
     if isinstance(name, Machine):
         return name
-    if name == "here":
+    if name in ("here", "here-gpu"):
         from narrows.measure.here import load_or_measure
 
-        return load_or_measure(fresh=fresh, progress=progress)
+        device = "cpu" if name == "here" else "cuda"
+        return load_or_measure(fresh=fresh, progress=progress, device=device)
     from narrows.machines.load import load
 
     return load(name)
