@@ -2,9 +2,9 @@
 
     python -m benchmarks.kv [--batch 8] [--prompt 8192] [--share 8] [--repeats 31] [--device cuda]
 
-recall-lm in fp32 on this machine (or its GPU). `dense, in place` shares its attention with SnapKV and is the
-one to beat: transformers' DynamicCache copies the whole cache at every step, its StaticCache
-masks and repeats it. All take turns in one run.
+recall-lm in fp32 on this machine, or its GPU. `dense, in place` shares its attention with SnapKV
+and is the one to beat: transformers' DynamicCache copies the whole cache at every step, its
+StaticCache masks and repeats it. All take turns in one run.
 """
 
 from __future__ import annotations
@@ -73,6 +73,8 @@ def filled(model: Any, ids: Any, technique: Any, steps: int) -> tuple[dict[str, 
         for name in (DENSE, OURS):
             begin = perf_counter()
             model(ids, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+            if ids.is_cuda:
+                torch.cuda.synchronize()
             prefill[name] = perf_counter() - begin
         for name in list(caches)[2:]:
             for i, layer in enumerate(caches[DENSE].layers):
