@@ -8,7 +8,7 @@ and differences are checked instead, on laws and a grid of our own. Unpaired ima
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from itertools import combinations
@@ -22,11 +22,12 @@ from narrows.information import coupling
 from narrows.information._base import binary_entropy, entropy, information, law, plogp
 from narrows.information.coding_game import Grid, play
 from narrows.information.coupling import Encoder, couple, encode, meet, quantiser
-from narrows.information.mecb import MECB
+from narrows.information.courier import Link
+from narrows.information.mecb import MECB, Coded
 
 CARD = "systems/information.md, card mecb, works when"
 TABLE = "table 1, 100 pairs of laws"
-GAME = "8 x 8 grid, noise 0.1, discount 0.95, 512 messages, R = H(M) / 2, beta = e^-4, 200 episodes"
+GAME = "8 x 8 grid, noise 0.1, discount 0.95, 512 messages, 200 episodes"
 PAPER_DEFAULTS = {"seek": "max", "refine": False}
 """Algorithms 1 and 3. The compression has no default: the paper sweeps it from 1 upwards."""
 
@@ -115,20 +116,8 @@ def _maps(n: int) -> list[np.ndarray]:
 )  # fmt: skip
 def the_greedy_loses_at_most_h_of_the_second_mass() -> float:
     """Largest R - I(X; T) - h(p2): above 0 the guarantee is broken."""
-    code = [coupling.encode(p, 0.3 * float(entropy(p))) for p in SKEWED]
-    over = [0.3 * float(entropy(c.p)) - c.information - _second(c) for c in code]
-    return max([*over, *(gap - bound for gap, bound, _ in _live())])
-
-
-SKEWED = [np.array([0.5, *[0.5 / k] * k]) for k in (3, 7, 15, 31)]
-
-
-def _second(code: Encoder) -> float:
-    return float(binary_entropy(np.sort(code.p)[-2]))
-
-
-def _live() -> list[tuple[float, float, float]]:
-    return _instances.__wrapped__()
+    # not from the cache, which a sound or a broken encoder of this process may have filled
+    return max(gap - bound for gap, bound, _ in _instances.__wrapped__())
 
 
 @claim(
@@ -374,39 +363,39 @@ def _scan(p: np.ndarray, q: np.ndarray) -> float:
 # --- the coding game -----------------------------------------------------------------------------
 
 
+Played = list[tuple[bool, float]]
+"""(right, reward) of each episode."""
+
+
 @cache
-def _games() -> dict[str, list[tuple[bool, float]]]:
-    """(right, reward) of 200 episodes by encoder; one seed gives all the same message and slips."""
+def _games(beta: float, rate: float) -> dict[str, Played]:
+    """200 episodes by encoder, R = rate H(M); one seed gives all the same message and slips."""
     grid, prior = Grid(), np.full(512, 1 / 512)
-    policy = grid.policy(np.exp(-4.0))
-    bits = float(entropy(prior)) / 2
-    coders = {
-        "mecb": encode,
-        "uniform": quantiser,
-        "by mass": lambda p, bits: quantiser(p, bits, "mass"),
+    policy = grid.policy(np.exp(beta))
+    bits = rate * float(entropy(prior))
+
+    def link(coder: Callable[[np.ndarray, float], Encoder]) -> Link:
+        def table(belief: np.ndarray, moves: np.ndarray) -> np.ndarray:
+            code = coder(belief, bits)
+            return Coded(code, couple(code.code_law, moves)).table
+
+        return table
+
+    links = {
+        "mecb": link(encode),
+        "index": link(quantiser),
+        "probability": link(lambda p, bits: quantiser(p, bits, "probability")),
+        "no message": lambda belief, moves: belief[:, None] * moves,
     }
-    found: dict[str, list[tuple[bool, float]]] = {}
-    for name, coder in coders.items():
-        method = _with(coder)
-        found[name] = []
-        for seed in range(200):
-            played = play(grid, policy, prior, lambda b, q, m=method: m(b, q, bits), seed)
-            found[name].append((played.right, played.reward))
+    found: dict[str, Played] = {}
+    for name, link_ in links.items():
+        played = [play(grid, policy, prior, link_, seed) for seed in range(200)]
+        found[name] = [(e.right, e.reward) for e in played]
     return found
 
 
-def _with(coder):
-    from narrows.information.mecb import Coded
-
-    def link(belief: np.ndarray, moves: np.ndarray, bits: float) -> np.ndarray:
-        code = coder(belief, bits)
-        return Coded(code, couple(code.code_law, moves)).table
-
-    return link
-
-
-def _gain(over: str) -> Figure:
-    games = _games()
+def _gain(over: str, beta: float, rate: float) -> Figure:
+    games = _games(beta, rate)
     ours, theirs = (np.array([float(r) for r, _ in games[k]]) for k in ("mecb", over))
     value, interval = mean(ours - theirs)
     details = {f"accuracy {k}": float(np.mean([r for r, _ in g])) for k, g in games.items()}
@@ -415,33 +404,46 @@ def _gain(over: str) -> Figure:
 
 
 @claim(
-    expected=(0.0, np.inf), unit="share of messages", how="measured", cost=30.0, source="figure 4",
-    setting=f"{GAME}; the quantiser has floor(2^R) equal cells of the index",
+    expected=(0.0, np.inf), unit="share of messages", how="measured", cost=15.0, source="figure 4",
+    setting=f"{GAME}, beta = e^-4, R = H(M) / 2; the quantiser has 22 equal cells of the index",
 )  # fmt: skip
 def more_messages_arrive_than_by_the_uniform_quantiser() -> Figure:
-    """Decoding accuracy, ours less the quantiser's, same policy and so the same law of rewards."""
-    return _gain("uniform")
+    """Decoding accuracy, ours less the quantiser's, same policy and so the same law of rewards.
+
+    The quantiser is capped: messages of one cell are never told apart, whatever is seen.
+    """
+    return _gain("index", -4.0, 0.5)
 
 
 @claim(
-    expected=(0.0, np.inf), unit="share of messages", how="measured", cost=30.0, source=CARD,
-    setting=f"{GAME}; the quantiser sorts the messages by belief first: the stronger peer",
+    expected=(0.0, np.inf), unit="share of messages", how="measured", cost=15.0, source=CARD,
+    setting=f"{GAME}, beta = e^-5, R = H(M) / 4; the quantiser's cells are of equal probability "
+    "under the belief, cut anew at every step: the stronger peer",
 )  # fmt: skip
-def more_messages_arrive_than_by_a_sorted_quantiser() -> Figure:
-    """The same against cells of messages of like belief."""
-    return _gain("by mass")
+def more_arrive_than_by_cells_of_equal_probability() -> Figure:
+    """The same against a quantiser that follows the belief, where few moves are free."""
+    return _gain("probability", -5.0, 0.25)
 
 
 @claim(
-    expected=(-0.05, 0.05), unit="discounted reward", how="measured", cost=40.0, source="section 5",
-    setting=f"{GAME}, with a message and without one",
+    expected=(0.0, np.inf), unit="share of messages", how="measured", cost=15.0, source=CARD,
+    setting=f"{GAME}, beta = e^-4, R = H(M) / 8; cells of equal probability, cut anew each step",
+    explained="the greedy merges the likeliest messages first, so a tight budget hides just the "
+    "ones that are left to be told apart; cells of equal probability do not. The advantage over "
+    "the paper's quantiser is mostly that quantiser's fixed cells",
+)  # fmt: skip
+def more_arrive_than_by_equal_probability_at_a_tight_rate() -> Figure:
+    """The same where moves are free and the rate is not."""
+    return _gain("probability", -4.0, 0.125)
+
+
+@claim(
+    expected=(-0.05, 0.05), unit="discounted reward", how="measured", cost=15.0, source="section 5",
+    setting=f"{GAME}, beta = e^-4, R = H(M) / 2, with a message and without one",
 )  # fmt: skip
 def the_message_costs_no_reward() -> Figure:
     """Mean reward of the policy that carries a message, less that of the policy alone."""
-    grid, prior = Grid(), np.full(512, 1 / 512)
-    policy = grid.policy(np.exp(-4.0))
-    alone = [
-        play(grid, policy, prior, lambda b, q: b[:, None] * q, seed).reward for seed in range(200)
-    ]
-    value, interval = mean(np.array([r for _, r in _games()["mecb"]]) - np.array(alone))
-    return Figure(value, interval, details={"alone": float(np.mean(alone))})
+    games = _games(-4.0, 0.5)
+    ours, alone = (np.array([r for _, r in games[k]]) for k in ("mecb", "no message"))
+    value, interval = mean(ours - alone)
+    return Figure(value, interval, details={"alone": float(alone.mean())})

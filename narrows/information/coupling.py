@@ -209,19 +209,17 @@ def _term(p: float) -> float:
 
 
 def quantiser(p: np.ndarray, bits: float, by: str = "index") -> Encoder:
-    """The usual baseline: floor(2^bits) cells of equal numbers of symbols (algorithm 5).
+    """The usual baseline: floor(2^bits) cells over the symbol's number.
 
-    by: `index`, the paper's uniform quantiser of the symbol's number, or `mass`, which first
-    sorts the symbols by their probability and is the stronger one.
+    by: `index`, the paper's uniform quantiser (algorithm 5), cells of equal numbers of symbols;
+    or `probability`, cells of equal mass, which follow the law and are the stronger peer.
     """
     p = law(p, "source")
-    if by not in ("index", "mass"):
-        raise unknown("order of a quantiser", by, ("index", "mass"))
+    if by not in ("index", "probability"):
+        raise unknown("cells of a quantiser", by, ("index", "probability"))
     cells = max(1, min(int(2.0**bits + 1e-9), len(p)))
-    column = np.arange(len(p)) * cells // len(p)
-    if by == "mass":
-        column[np.argsort(-p, kind="stable")] = column.copy()
-    return Encoder(p, column)
+    place = np.arange(len(p)) / len(p) if by == "index" else np.cumsum(p) - p / 2
+    return Encoder(p, np.minimum((place * cells + 1e-9).astype(np.int64), cells - 1))
 
 
 # --- decoder -----------------------------------------------------------------------------------
