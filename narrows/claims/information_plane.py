@@ -167,7 +167,7 @@ def a_wide_layer_reads_the_same_for_shuffled_labels() -> Figure:
 
 
 @claim(
-    expected=(0.0, 1.0), unit="ratio of seconds", how="measured", cost=5.0,
+    expected=(0.0, 1.0), unit="ratio of seconds", how="measured", cost=10.0,
     source="CONTRIBUTING.md: a speed is shown beside the best peer",
     setting="I(X; T) and I(T; Y) of 5 units, 4096 rows, against distinct rows as raw bytes (the "
     "way of the public code of Shwartz-Ziv and of Saxe), which gives no null and no interval",
