@@ -29,11 +29,16 @@ and how much narrower each is than the one before."""
 
 @dataclass(frozen=True)
 class Sample:
-    """A workload and what it took. seconds: of one run of all its phases."""
+    """A workload and what it took. seconds: of one run of all its phases.
+
+    role: `class` rows are fitted, `alone` and `split` lie on either side of the grain of one
+    core, `whole` are models.
+    """
 
     name: str
     workload: Workload
     seconds: float
+    role: str = "class"
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,8 @@ SIMPLE = ("pointwise", "copy", "reduce", "gather", "norm", "softmax")
 
 def keys(samples: Sequence[Sample]) -> list[str]:
     """All classes that samples have ops of, simple ones first."""
-    found = dict.fromkeys(key_of(o) for s in samples for p in s.workload.phases for o in p.ops)
+    rows = [s for s in samples if s.role == "class"]
+    found = dict.fromkeys(key_of(o) for s in rows for p in s.workload.phases for o in p.ops)
     order = {kind: i for i, kind in enumerate(SIMPLE)}
     return sorted(found, key=lambda key: order.get(key.partition(".")[0], len(order)))
 
@@ -148,7 +154,11 @@ def search(rows: Sequence[Parts], measured: np.ndarray) -> tuple[np.ndarray, np.
 def fit(samples: Sequence[Sample], key: str, machine: Machine, source: str, era: str
         ) -> Calibration | None:  # fmt: skip
     """The calibration of one class; None where there are too few rows of it."""
-    mine = [s for s in samples if any(key_of(o) == key for p in s.workload.phases for o in p.ops)]
+    mine = [
+        s
+        for s in samples
+        if s.role == "class" and any(key_of(o) == key for p in s.workload.phases for o in p.ops)
+    ]
     if len(mine) < LEAST_ROWS:
         return None
     rows = [parts(s, key, machine) for s in mine]
@@ -159,3 +169,26 @@ def fit(samples: Sequence[Sample], key: str, machine: Machine, source: str, era:
         key, float(whole[0]), float(whole[1]), float(whole[2]), n=len(mine), source=source,
         era=era, error=Error.of(unseen, measured),
     )  # fmt: skip
+
+
+def wake(samples: Sequence[Sample]) -> float | None:
+    """Seconds to wake all cores: what ops just above the grain took longer than just below."""
+    alone = [s.seconds for s in samples if s.role == "alone"]
+    split = [s.seconds for s in samples if s.role == "split"]
+    if not alone:
+        return None
+    return float(np.median(np.array(split) - np.array(alone)))
+
+
+def glue(samples: Sequence[Sample], machine: Machine) -> float:
+    """Seconds a call that whole models take beyond their ops: what the interpreter does between.
+
+    Negative where ops are quicker in a model than alone. The median over the models given.
+    """
+    left: list[float] = []
+    for sample in samples:
+        if sample.role == "whole":
+            priced = price(sample.workload, machine)
+            calls = sum(float(p.repeat.sum()) for p in priced)
+            left.append((sample.seconds - sum(float(p.total_seconds) for p in priced)) / calls)
+    return float(np.median(left)) if left else 0.0

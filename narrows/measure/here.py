@@ -21,12 +21,13 @@ from time import perf_counter
 
 import numpy as np
 
+from narrows.core.caches import WAKE
 from narrows.core.errors import NarrowsError
 from narrows.core.machine import Machine
 from narrows.core.resource import Kind, Resource
 from narrows.measure import micro_numpy, probes
 from narrows.measure.engines import Engine, Torch, engine
-from narrows.measure.fit import Sample, fit, keys
+from narrows.measure.fit import Sample, fit, glue, keys, wake
 from narrows.measure.quiet import Watch
 from narrows.measure.rates import Found, survey
 from narrows.measure.sampling import REFERENCE, sample
@@ -122,15 +123,27 @@ FIT_SECONDS = 4.0
 
 
 def calibrated(machine: Machine, samples: list[Sample], found: Found, source: str) -> Machine:
-    """The machine with every op class fitted that the samples tell, simple ones first."""
+    """The machine with every op class fitted that the samples tell, simple ones first.
+
+    Then what small whole models take beyond their ops is shared out over the calls: the work of
+    the interpreter between two ops, which every op of a model has.
+    """
     era = f"{datetime.now(UTC):%Y-%m}"
+    woken = wake(samples)
+    if WAKE in machine.resources and woken is not None and woken > 0:
+        rate = replace(machine.resources[WAKE], capacity=1 / woken)
+        machine = replace(machine, resources={**machine.resources, WAKE: rate})
     for key in keys(samples):
         made = fit(samples, key, machine, source, era)
         if made is None:
             found.missing.append(f"op class {key} (too few rows)")
         else:
             machine = machine.calibrated(made)
-    return machine
+    between = glue(samples, machine)
+    found.notes.append(f"Between two ops of a model pass {between * 1e6:.1f} us.")
+    return machine.calibrated(
+        *(replace(c, fixed=max(c.fixed + between, 0.0)) for c in machine.calibrations.values())
+    )
 
 
 def raised(machine: Machine, samples: list[Sample]) -> Machine:

@@ -6,6 +6,7 @@ once. `compiled` gives None where numba is not installed.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from threading import Thread
@@ -78,10 +79,23 @@ def together(call: Callable[[int], object], threads: int) -> float:
     return perf_counter() - begin
 
 
+def plain_pages(elements: int, dtype: type[np.generic]) -> np.ndarray:
+    """An array of ones in pages of the usual size, as torch gets them. numpy asks for huge ones,
+    which hide what it costs to translate addresses."""
+    size = max(elements, 1) * np.dtype(dtype).itemsize
+    # private, because shared pages are kept elsewhere; where there is no such choice, they are
+    private = (
+        {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    )
+    made = np.frombuffer(mmap.mmap(-1, size, **private), dtype)
+    made.fill(1)
+    return made
+
+
 def ring(elements: int, seed: int = 0) -> np.ndarray:
     """Indices that visit `elements` cache lines in one random cycle: int64, a line (64 B) each."""
     line = 8
     order = np.random.default_rng(seed).permutation(elements)
-    successor = np.zeros(elements * line, np.int64)
+    successor = plain_pages(elements * line, np.int64)
     successor[order * line] = np.roll(order, -1) * line
     return successor

@@ -7,6 +7,7 @@ occurs in the validation battery (a test compares the two).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch.nn import functional as F
 
 from narrows.core.tensor import Codec, Tensor
 from narrows.core.workload import Op, Phase, Use, Workload
+from narrows.measure.rates import GRAIN
 from narrows.measure.sampling import Micro
+from narrows.measure.small_models import Images, Language, Residual, Separable, Shape
 from narrows.trace.module import ADAMW_FLOPS, trace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,10 +28,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINEAR = (  # rows, in, out
     (2, 256, 512), (3, 640, 640), (6, 1024, 512), (16, 256, 256), (16, 768, 768), (32, 512, 1536),
     (48, 128, 128), (64, 1024, 256), (96, 64, 320), (128, 320, 640), (256, 256, 768),
-    (512, 512, 256), (1024, 96, 96), (2048, 64, 256), (384, 1024, 384),
+    (512, 512, 256), (1024, 96, 96), (2048, 64, 256), (384, 1024, 384), (3, 1024, 2048),
+    (10, 1536, 1280), (40, 2048, 768), (20, 768, 4096), (160, 1280, 640),
 )
-VECTOR = ((64, 64), (128, 512), (512, 256), (640, 1280), (1280, 640), (1024, 2048), (2560, 1024),
-          (2048, 4096))
+VECTOR = ((64, 64), (128, 512), (512, 256), (512, 1024), (640, 1280), (1280, 640), (1024, 2048),
+          (2560, 1024), (1792, 2048), (2048, 4096))
 BATCHED = ((4, 32, 32, 48), (8, 128, 32, 128), (12, 96, 64, 192), (32, 24, 48, 24))
 CONV = (  # batch, channels in, side, channels out, kernel, stride, groups
     (1, 3, 96, 16, 3, 2, 1), (2, 16, 24, 32, 3, 1, 1), (1, 32, 40, 64, 3, 2, 1),
@@ -44,12 +48,14 @@ DECODE = (  # batch, heads, cached tokens, channels
     (1, 2, 48, 32), (1, 4, 320, 64), (2, 8, 160, 32), (1, 6, 1280, 64), (4, 4, 640, 64),
     (8, 2, 1536, 32), (4, 6, 2304, 64),
 )
-ROWS = ((1, 384), (6, 160), (24, 96), (40, 768), (320, 128), (192, 640), (1536, 192), (96, 2560),
-        (3072, 320))
+ROWS = ((1, 96), (1, 384), (1, 1280), (6, 160), (24, 96), (40, 768), (320, 128), (192, 640),
+        (1536, 192), (96, 2560), (3072, 320))
 FLAT = (96, 2560, 12_000, 30_000, 48_000, 140_000, 400_000, 900_000, 3_000_000)
 TABLE = (  # rows of the table, channels, looked up
     (512, 96, 3), (4096, 160, 48), (20_000, 192, 320), (3000, 640, 1200), (60_000, 96, 6000),
 )
+EDGE = 576
+"""Elements by which the rows on either side of the grain of one core differ from it."""
 PARAMETERS = (  # shape, how many
     ((96,), 1), ((96,), 12), ((320, 96), 8), ((768, 320), 4), ((1280, 768), 3), ((640, 640), 16),
     ((48, 48), 24),
@@ -113,6 +119,8 @@ def micros(device: str = "cpu", precisions: tuple[str, ...] = ("fp32",), scale: 
             return torch.randn(shape, generator=generator).to(device, dtype)
 
         if precision == "fp32":
+            yield from _wholes(device)
+            yield from _edges(new)
             yield from _pointwise(new, scale)
             yield from _copies(new, scale)
             yield from _rowwise(new, scale)
@@ -183,6 +191,33 @@ def _pointwise(new: New, scale: int) -> Iterator[Micro]:
         x = new(n * scale)
         for function in (F.silu, F.gelu, torch.exp, torch.tanh, torch.sigmoid):
             yield _micro(f"{function.__name__} {n}", function, x)
+
+
+def _edges(new: New) -> Iterator[Micro]:
+    """Pairs on either side of the grain: their difference is what waking the cores costs."""
+    for function in (torch.neg, torch.abs, torch.clone, torch.relu):
+        for role, n in (("alone", GRAIN - EDGE), ("split", GRAIN + EDGE)):
+            x = new(n)
+            yield replace(_micro(f"{function.__name__} {n}", function, x), role=role)
+
+
+def _wholes(device: str) -> Iterator[Micro]:
+    """Small whole models that hardly compute: what lies between the ops is the rest of them."""
+    plain = Shape(3, 96, 4, 4, 384, 500)
+    gated = Shape(3, 128, 4, 2, 320, 500, gated=True)
+    for name, shape in (("plain", plain), ("gated", gated)):
+        for batch, tokens in ((1, 20), (3, 9)):
+            model = Language(shape, 64).to(device).eval()
+            ids = torch.zeros(batch, tokens, dtype=torch.int64, device=device)
+            yield replace(_micro(f"{name} prefill {batch}x{tokens}", model, ids), role="whole")
+        for batch in (1, 3):
+            model = Language(shape, 48).decoding(batch, 48).to(device).eval()
+            ids = torch.zeros(batch, 1, dtype=torch.int64, device=device)
+            yield replace(_micro(f"{name} decode {batch}", model, ids), role="whole")
+    images = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0)).to(device)
+    for block in (Residual, Separable):
+        model = Images(block, (12, 20), 10).to(device).eval()
+        yield replace(_micro(f"{block.__name__} 2x3x12x12", model, images), role="whole")
 
 
 def _copies(new: New, scale: int) -> Iterator[Micro]:

@@ -16,7 +16,7 @@ from time import perf_counter
 
 import numpy as np
 
-from narrows.measure.kernels import Loops, ring, together
+from narrows.measure.kernels import Loops, plain_pages, ring, together
 
 MB = 1024 * 1024
 
@@ -103,7 +103,7 @@ def streams(loops: Loops, sizes: list[int], threads: int, seconds: float) -> lis
 
     seconds: for each footprint. The best of its rounds counts: what was reached can be reached.
     """
-    room = [np.ones(max(sizes) // threads // 4, np.float32) for _ in range(threads)]
+    room = [plain_pages(max(sizes) // threads // 4, np.float32) for _ in range(threads)]
     found: list[Stream] = []
     for size in sizes:
         share = max(size // threads // 12, 16) * 3
