@@ -175,7 +175,8 @@ class InformationPlane(Instrument):
         rng, many = np.random.default_rng(0), int(labels.max()) + 1
         tables = [np.bincount(code * many + rng.permutation(labels)) for _ in range(SHUFFLES)]
         null = np.mean([seen.hx + seen.hy - float(entropy(t / n)) for t in tables])
-        told = {"null": max(float(null), 0.0), "saturated": seen.value > seen.hy - 0.01}
+        null = min(max(float(null), 0.0), seen.ceiling)  # rounding
+        told = {"null": null, "saturated": seen.value > seen.hy - 0.01}
         if source.posterior is not None:
             table = np.zeros((len(count), source.posterior.shape[1]))
             np.add.at(table, code, source.posterior / n)
