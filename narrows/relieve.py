@@ -99,6 +99,7 @@ def _prove(
 ) -> tuple[Bound, Proof]:  # fmt: skip
     """Apply the technique for real: decode in turn with the dense cache, then the quality."""
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from narrows.kv._base import KVTechnique
     from narrows.kv.adapter import ATTENTION, KVCache, nbytes
@@ -108,6 +109,7 @@ def _prove(
     assert isinstance(technique, KVTechnique), "the main job proves cache techniques"
     if progress:
         progress(0.3, "loading the model")
+    logging.disable_progress_bar()  # the job has its own
     model = AutoModelForCausalLM.from_pretrained(target.path, dtype="float32").eval()
     before = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
