@@ -11,10 +11,21 @@ UNKNOWN = "–"
 """Stands for a number that is not known."""
 
 
+TINY = 1e-5
+"""Below this a figure is written with an exponent."""
+
+
 def figures(value: float, count: int = 3) -> str:
-    """A number rounded to `count` figures, without an exponent: 1234 -> 1230, 0.01234 -> 0.0123."""
+    """A number rounded to `count` figures: 1234 -> 1230, 0.01234 -> 0.0123, 1e-12 -> 1e-12.
+
+    Only what would be a row of zeros gets an exponent.
+    """
     if value == 0:
         return "0"
+    if not isfinite(value):
+        return "∞" if value > 0 else "-∞"
+    if abs(value) < TINY:
+        return f"{value:.{count}g}"
     decimals = count - 1 - floor(log10(abs(value)))
     rounded = round(value, decimals)
     # Rounding may carry into a new figure (9.996 -> 10.00): count the decimals again.

@@ -27,8 +27,12 @@ def expected(given: float | tuple[float, float]) -> str:
     if not isinstance(given, tuple):
         return units.figures(given, 4)
     low, high = given
+    if isinf(low) and isinf(high):
+        return "any figure"
     if isinf(high):
         return f"at least {units.figures(low)}"
+    if isinf(low):
+        return f"at most {units.figures(high)}"
     return f"{units.figures(low)} to {units.figures(high)}"
 
 

@@ -218,3 +218,14 @@ def test_tables_of_verdicts(width: int) -> None:
     for needed in ("decode gain", "at least 3.00", "3.610", "needs gpu", "[bold]x[/bold]",
                    "3 claims: 1 reproduced", "1 of the misses explained"):  # fmt: skip
         assert needed in joined
+
+
+def test_open_intervals_and_tiny_figures() -> None:
+    from narrows.report.verdicts import expected
+
+    inf = float("inf")
+    assert expected((-inf, 0.0)) == "at most 0"
+    assert expected((1.0, inf)) == "at least 1.00"
+    assert expected((-inf, inf)) == "any figure"
+    assert expected((0.0, 1e-12)) == "0 to 1e-12"
+    assert units.figures(-inf) == "-∞"
