@@ -176,13 +176,19 @@ def fingerprint(key: str) -> str:
 # --- files ---------------------------------------------------------------------------------------
 
 
+def _result(row: dict[str, Any]) -> Result:
+    """A result as it was before JSON made lists of its tuples."""
+    pairs = {n: tuple(v) for n, v in row.items() if isinstance(v, list)}
+    return Result(**{**row, **pairs})
+
+
 def read(key: str) -> Iterator[Evidence]:
     """All evidence of a key, oldest first; files that cannot be read are passed over."""
     files = [f for folder in folders() for f in (folder / key).glob("*.json")]
     for file in sorted(files, key=lambda f: f.name.rsplit("-", 2)[-2]):
         try:
             data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            data["results"] = tuple(Result(**row) for row in data["results"])
+            data["results"] = tuple(_result(row) for row in data["results"])
             yield Evidence(**data)
         except (OSError, ValueError, KeyError, TypeError):
             continue  # another version's file, or cut short: it stands for nothing

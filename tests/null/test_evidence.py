@@ -97,6 +97,13 @@ def test_an_interrupted_run_goes_on_where_it_stopped(folder: Path, monkeypatch: 
     assert ran == ["first", "second", "second", "third"]
 
 
+def test_results_come_back_as_they_went(folder: Path):
+    result = Result("c", 1, "reproduced", 1.0, "x", (0.0, float("inf")), interval=(0.9, 1.1))
+    evidence.write(Evidence("k", "m", "20260101T000000Z", "s", "f" * 8, {}, "", "", (result,)))
+    (found,) = evidence.read("k")
+    assert found.results == (result,)
+
+
 def test_files_cut_short_stand_for_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch):
     counting(monkeypatch)
     prove.prove("k")
