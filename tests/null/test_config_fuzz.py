@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from narrows.core.errors import NarrowsError
@@ -29,6 +29,9 @@ ANYTHING = st.recursive(
 
 SANE = st.integers(1, 64) | ANYTHING
 
+# What is tested is the result, not how long a busy machine takes for it.
+PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
 
 def read(source: object) -> TransformerConfig | None:
     """The configuration, or nothing where it was refused; any other failure is a failure."""
@@ -50,21 +53,25 @@ def read(source: object) -> TransformerConfig | None:
     return config
 
 
+@PATIENT
 @given(st.sampled_from(sorted(FAMILIES)), st.dictionaries(st.sampled_from(FIELDS), SANE))
 def test_any_fields(family: str, fields: dict[str, object]):
     read({**fields, "model_type": family})
 
 
+@PATIENT
 @given(st.sampled_from(shapes()), st.sampled_from(FIELDS), ANYTHING)
 def test_one_field_spoilt(name: str, field: str, value: object):
     read({**published(name), field: value})
 
 
+@PATIENT
 @given(st.dictionaries(st.text(max_size=8), ANYTHING))
 def test_any_mapping(fields: dict[str, object]):
     read(fields)
 
 
+@PATIENT
 @given(st.binary(max_size=200) | ANYTHING.map(lambda v: json.dumps(v).encode()))
 def test_any_file(content: bytes):
     import tempfile

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from narrows.core.fusion import LASTING, fuse
@@ -13,6 +13,9 @@ from narrows.core.tensor import Codec, Tensor
 from narrows.core.workload import FUSIBLE, Op, Phase, Use, Workload
 
 FP32 = Codec.of("fp32")
+
+# What is tested is the result, not how long a busy machine takes for it.
+PATIENT = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 def work(*ops: Op, **roles: str) -> Workload:
@@ -186,7 +189,7 @@ def graphs(draw: st.DrawFn) -> Workload:
 
 
 @given(graphs(), st.sampled_from([(), ("compiled",), ("flash",), FUSIONS]))
-@settings(max_examples=300)
+@PATIENT
 def test_operations_are_kept_and_bytes_do_not_grow(before: Workload, fusion: tuple[str, ...]):
     after = fuse(before, fusion)
     assert after.flops("forward") == pytest.approx(before.flops("forward"))
@@ -213,7 +216,7 @@ def chains(draw: st.DrawFn) -> Workload:
 
 
 @given(chains())
-@settings(max_examples=300)
+@PATIENT
 def test_kernels_can_run_in_the_order_given(before: Workload):
     after = fuse(before, ("compiled",))
     made = {"x"}
