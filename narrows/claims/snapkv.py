@@ -253,16 +253,19 @@ def pooling_on_values_of_several_tokens() -> Figure:
 
 
 @claim(
-    expected=(0.0, 1.0), unit="of random eviction's perplexity", how="measured", cost=200.0,
+    expected=(0.0, 1.0), unit="of window-only's perplexity", how="measured", cost=100.0,
     needs=("torch", "data"), source="issue: perplexity at 2K against dense, random and window-only",
     setting="recall-lm, 64 tokens after 2,048 of unseen text through 1/8 of the cache, 128 windows",
+    explained="text that merely goes on leans on its recent tokens, of which the window holds 32; "
+    "votes find what the end asks about, so they pay where something is asked",
 )  # fmt: skip
-def perplexity_beside_random_eviction() -> Figure:
-    """Below 1: what the end of the text looks at is worth more than random tokens."""
+def perplexity_beside_window_only() -> Figure:
+    """Plain continuation is where SnapKV hurts: details give every candidate's perplexity."""
     from narrows.kv import quality
 
     told = quality.perplexity(reference()[0], candidates(), unseen())
-    return Figure(told["snapkv"] / told["random"], details={n: f"{p:.3f}" for n, p in told.items()})
+    share = told["snapkv"] / told["window only"]
+    return Figure(share, details={n: f"{p:.3f}" for n, p in told.items()})
 
 
 @claim(
@@ -360,6 +363,8 @@ def attention_at_16k() -> Figure:
             for name, store in stores.items()
         })  # fmt: skip
     found = timings.speedup("kept", over="dense")
+    if not found.quiet:
+        raise Inconclusive(f"the machine is not quiet: ratios spread {found.spread:.0%}")
     return Figure(found.median, (found.low, found.high))
 
 

@@ -9,8 +9,10 @@ its votes. Votes are pooled along tokens (`kernel`), so that the neighbours of a
 it, and averaged over the queries that share a KV head. Every KV head keeps its `capacity -
 window` best tokens and the window, at their original positions; prefill itself is exact.
 
-It hurts when a later question needs what was dropped: the votes know only the question that
-stands in the window. It does nothing for a prompt no longer than `capacity`, nor for prefill.
+It hurts when a later question needs what was dropped (the votes know only the question that
+stands in the window), when an answer is longer than the pooling reaches beyond the token that is
+looked at, and where text merely goes on, which leans on recent tokens. It does nothing for a
+prompt no longer than `capacity`, nor for prefill.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ class SnapKV(KVTechnique):
     paper = "arXiv:2404.14469"
     relieves = "memory bandwidth"
     price = Price(
-        quality="what the end of the prompt does not ask for may be forgotten",
+        quality="what the end of the prompt does not ask for is forgotten; later questions fail",
         memory="none: scores of the window, one layer and prompt at a time",
     )
 
