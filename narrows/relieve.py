@@ -107,11 +107,12 @@ def _prove(
 
     technique = best.technique
     assert isinstance(technique, KVTechnique), "the main job proves cache techniques"
+    assert target.path is not None, "what is proved here is a model of a folder"
     if progress:
         progress(0.3, "loading the model")
     logging.disable_progress_bar()  # the job has its own
     model = AutoModelForCausalLM.from_pretrained(target.path, dtype="float32").eval()
-    before = model.config._attn_implementation
+    before: Any = model.config._attn_implementation
     model.set_attn_implementation(ATTENTION)
     facts = case.workload.facts
     ids = prompts(model.config.vocab_size, int(facts["batch"]), int(facts["prompt"]))

@@ -129,7 +129,7 @@ def wake_seconds(workload: Workload, op: Op, machine: Machine) -> Number:
         tensor = workload.tensors[use.tensor]
         most = np.maximum(most, tensor.elements(use.at))
         if tensor.axes:
-            row = np.maximum(row, tensor.extent(next(reversed(tensor.axes))))
+            row = np.maximum(row, tensor.extent(tuple(tensor.axes)[-1]))
     alone = row if op.kind == "norm" else SPLIT[op.kind] * grain.capacity
     return np.where(np.asarray(most > alone), 1 / rate.capacity, 0.0)
 
