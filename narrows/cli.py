@@ -176,17 +176,20 @@ def machines(as_json: bool) -> None:
 @as_json
 def bound(make_case: Callable[..., Case], measured: str | None, as_json: bool) -> None:
     """The narrowest resource of MODEL, and the distance from its limit."""
+    from narrows.core.hierarchy import hierarchy
+
     with progress_bar(as_json) as progress:
-        found = make_case(progress).bound()
+        case = make_case(progress)
+        found, near = case.bound(), hierarchy(case)
     if measured is not None:
         from narrows.measure.measured import against, read
 
         found = against(found, read(measured))
     if as_json:
-        return dump(bound_dict(found))
+        return dump({**bound_dict(found), "hierarchy": [asdict(row) for row in near]})
     from narrows.report import text
 
-    return text.bound(console(), found)
+    return text.bound(console(), found, near)
 
 
 def bound_dict(found: Any) -> dict[str, Any]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from narrows.core.bound import Bound, PhaseBound
+    from narrows.core.hierarchy import HierarchyRow
     from narrows.core.machine import Machine
     from narrows.report.model import Option, Proof, Report
 
@@ -48,8 +49,8 @@ class Checked(Protocol):
 # --- bound -----------------------------------------------------------------------------------
 
 
-def bound(console: Console, found: Bound) -> None:
-    """The verdict, then each phase by op class, then what fits."""
+def bound(console: Console, found: Bound, near: Sequence[HierarchyRow] = ()) -> None:
+    """The verdict, each phase by op class, what fits, and what fast memories cost attention."""
     if found.fits is False:
         console.print(strong(words.fits(found), "bold red"))
     console.print(strong(words.limits(found)))
@@ -60,6 +61,7 @@ def bound(console: Console, found: Bound) -> None:
     console.print()
     say(console, words.fits(found))
     _levels(console, found)
+    _hierarchy(console, near)
 
 
 def _phase(console: Console, phase: PhaseBound) -> None:
@@ -113,6 +115,31 @@ def _levels(console: Console, found: Bound) -> None:
             )  # fmt: skip
     if table.row_count:
         console.print(table)
+
+
+def _hierarchy(console: Console, near: Sequence[HierarchyRow]) -> None:
+    """Fast memories too small for attention to read its operands once; nothing where all do."""
+    again = [row for row in near if row.reached > 1.01 * row.floor]
+    if not again:
+        return
+    console.print()
+    say(
+        console,
+        "Attention does not fit these memories, so what lies behind is read again "
+        "(a cache between the two that is not listed catches part of it):",
+    )
+    columns = ["memory", ">has", "phase", "read from", ">once", ">at least", ">best known", ""]
+    table = grid(*columns)
+    for row in again:
+        table.add_row(
+            *plain(
+                row.level, units.count_bytes(row.capacity), row.phase, row.behind,
+                units.count_bytes(row.floor), units.count_bytes(row.least),
+                units.count_bytes(row.reached),
+                "" if row.seconds is None else f"({row.program}, {units.seconds(row.seconds)})",
+            )
+        )  # fmt: skip
+    console.print(table)
 
 
 # --- find and prove --------------------------------------------------------------------------
