@@ -36,6 +36,9 @@ __all__ = [
     "proof", "report", "validation", "verdicts",
 ]  # fmt: skip
 
+IDLE = 0.001
+"""Gains closer to one than this change nothing; those are told below the table."""
+
 SHOWN = 3
 """Refused rows that are shown one by one."""
 
@@ -152,9 +155,12 @@ def options(console: Console, found: Sequence[Option]) -> None:
         return
     wide = console.width >= WIDE
     ranked = sorted(found, key=lambda o: -o.gain)
+    idle = [o for o in ranked if abs(o.gain - 1) < IDLE]
     price = ["quality at risk", "training", "memory"] if wide else []
     table = grid("technique", ">gain", ">request", *price, "here")
     for option in ranked:
+        if option in idle:
+            continue
         helps = option.gain >= 1.01
         cells: list[object] = [
             strong(words.name(option), "bold" if helps else ""),
@@ -164,7 +170,12 @@ def options(console: Console, found: Sequence[Option]) -> None:
         if wide:
             cells += [option.price.quality, option.price.training, option.price.memory]
         table.add_row(*plain(*cells, option.reason))
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    if idle:
+        say(console, "Changes nothing here:")
+        for option in idle:
+            say(console, f"  {words.name(option)}: {option.reason}")
     top = words.best(list(ranked))
     if top is None:
         return
