@@ -82,10 +82,12 @@ class Executor:
         os.sched_setaffinity(0, self.cpus)
         try:
             if _stream_c.available() is not None:
-                _stream_c.bind(self.cpus)
+                _stream_c.bind(self.threads, self.cpus, each=True)
             yield
         finally:
             os.sched_setaffinity(0, before)
+            if _stream_c.available() is not None:
+                _stream_c.bind(self.threads, sorted(before), each=False)
 
 
 def _allowed() -> tuple[int, ...]:

@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
@@ -44,18 +45,20 @@ BIND = """
 #ifdef __linux__
 #include <sched.h>
 #endif
-void bind_workers(int threads, const int *cpus) {
+void bind_workers(int threads, int count, const int *cpus, int each) {
 #ifdef __linux__
     #pragma omp parallel num_threads(threads)
     if (omp_get_thread_num() > 0) {
         cpu_set_t set;
         CPU_ZERO(&set);
-        CPU_SET(cpus[omp_get_thread_num()], &set);
+        if (each) CPU_SET(cpus[omp_get_thread_num()], &set);
+        else for (int k = 0; k < count; k++) CPU_SET(cpus[k], &set);
         sched_setaffinity(0, sizeof set, &set);
     }
 #endif
 }
 """
+"""Workers on one processor each, or all of them on all."""
 
 PLAIN = """
 void kernel(long n, int threads, double *{restrict} out{parameters}) {{
@@ -154,9 +157,10 @@ def source(expression: Expression, arguments: int, aliased: bool, streaming: boo
     return PLAIN.format(restrict=restrict, simd=simd, parameters=parameters, scalar=scalar)
 
 
-def bind(cpus: tuple[int, ...]) -> None:
-    """Bind OpenMP's workers (all threads but the calling one) to processors, one each."""
-    library(BIND).bind_workers(len(cpus), (ctypes.c_int * len(cpus))(*cpus))
+def bind(threads: int, cpus: Sequence[int], each: bool) -> None:
+    """Bind OpenMP's workers (all threads but the calling one): one to each of the processors,
+    or, to let them go again, all to all of them."""
+    library(BIND).bind_workers(threads, len(cpus), (ctypes.c_int * len(cpus))(*cpus), int(each))
 
 
 def native(scalar: float) -> ctypes.CDLL:

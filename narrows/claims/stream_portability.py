@@ -15,7 +15,8 @@ from functools import cache
 import numpy as np
 
 from narrows.chips import _stream_backends
-from narrows.chips.stream_portability import AGAIN, NATIVE, PLACES, StreamPortability, Table
+from narrows.chips._stream_table import AGAIN, NATIVE, PLACES, Table
+from narrows.chips.stream_portability import StreamPortability
 from narrows.core.claim import Figure, Inconclusive, claim
 from narrows.measure.timing import Ratio
 

@@ -12,14 +12,8 @@ from hypothesis import strategies as st
 from narrows.chips import _stream_c
 from narrows.chips._stream_backends import backends, evaluate, plan, transform, untouched
 from narrows.chips._stream_expression import Expression, lower, trace
-from narrows.chips.stream_portability import (
-    AGAIN,
-    NATIVE,
-    PLACES,
-    Executor,
-    StreamPortability,
-    allocated,
-)
+from narrows.chips._stream_table import AGAIN, NATIVE, PLACES, allocated
+from narrows.chips.stream_portability import Executor, StreamPortability
 from narrows.core.errors import NarrowsError
 
 QUICK = [name for name in backends() if name != "torch-compiled"]
