@@ -164,7 +164,7 @@ class StreamPortability(Instrument):
             expression = trace(self.kernels[kernel], len(PLACES[kernel]) - 1)
             told = cause(backends()[name], expression, use, speed, on)
             if kernel == "copy" and past_caches(timings):
-                told += "; native copy became memcpy, which does not read what it overwrites"
+                told += "; native copy stores past the caches"
         return Row(name, kernel, rate.median, (rate.low, rate.high),
                    counted / found[name].best, speed, use[0], use[1], told)  # fmt: skip
 
