@@ -198,13 +198,13 @@ def minimum_plus_is_exact() -> float:
 
 
 @claim(
-    expected=(0.9, 2.2), unit="times",
+    expected=2.0, tolerance=0.2, unit="times",
     setting="this processor, one core: operations a second of multiply-add over minimum-plus, the "
-    "same fp32 loops, in turn; one instruction for the one and two for the other: 2 where both "
-    "share units, 1 where loads bind or adders and comparators are units of their own; read to "
-    "0.1",
+    "same fp32 loops, in turn; one fused instruction for the one and two for the other",
     source=f"{PAPER}: why DPX fuses addition and minimum; {CARD} (c)", how="measured", cost=4.0,
     needs=("torch",),
+    explained="where loads bind, or adders and comparators are units of their own, two "
+    "instructions take no longer than one: such a processor has nothing that DPX would relieve",
 )  # fmt: skip
 def minimum_plus_beside_multiply_add() -> Figure:
     """Ratio of rates."""
