@@ -1,8 +1,9 @@
 """What members of `kv/` share: a policy that chooses tokens, and how it is put to work.
 
 A *policy* is asked once a layer, at the end of prefill, which prompt tokens to keep; everything
-else (storage, positions, padding, the seam to transformers) is the substrate's. Further moments
-(a prefill chunk, a decode step), codecs and tiers join here with the members that need them.
+else (storage, positions, padding, the seam to transformers) is the substrate's. A policy
+also says what its tokens are stored in, so that a codec is a policy with a store of its own.
+Further moments (a prefill chunk, a decode step) and tiers join here with their members.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from narrows.core.method import Applied, Change, Technique
 
 if TYPE_CHECKING:
     import torch
+
+    from narrows.kv.store_torch import Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +39,19 @@ class Prompt:
 
 
 class Policy(ABC):
-    """Chooses what a layer keeps of a prompt."""
+    """Chooses what a layer keeps of a prompt, and what it is stored in."""
+
+    stepwise: ClassVar[bool] = False
+    """Whether tokens that come one at a time are read otherwise than the same tokens at once."""
+
+    def store(self, config: Any) -> Store:
+        """An empty store for one layer; config: of the model's decoder.
+
+        Raises NarrowsError for a model whose cache cannot be stored so.
+        """
+        from narrows.kv.store_torch import Store
+
+        return Store()
 
     @abstractmethod
     def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:

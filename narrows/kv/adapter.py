@@ -46,11 +46,13 @@ class KVLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, index: int, policy: Policy | None = None) -> None:
-        # the base would set `keys` and `values`, which are views of the store here
+    def __init__(
+        self, index: int, policy: Policy | None = None, store: Store | None = None
+    ) -> None:
+        # the base would set `keys` and `values`, which the store answers for here
         self.index = index
         self.policy = policy
-        self.store = Store()
+        self.store = Store() if store is None else store
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -65,7 +67,7 @@ class KVLayer(CacheLayerMixin):
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether anything was stored."""
-        return self.store.keys is not None
+        return bool(self.store.seen)
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to prepare: the store is sized by the first prompt."""
@@ -90,7 +92,9 @@ class KVLayer(CacheLayerMixin):
         """Store the new tokens and attend, (batch, tokens, heads, head_dim)."""
         if self.store.seen:
             self.store.append(keys, values)
-            return self.store.attend(queries, mask, scaling).transpose(1, 2)
+            out = self.store.attend(queries, mask, scaling).transpose(1, 2)
+            self.store.settle()
+            return out
         out, _ = sdpa_attention_forward(
             module, queries, keys, values, mask, scaling=scaling, **options
         )
@@ -145,7 +149,7 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def _rows(self) -> int:
-        return 0 if self.keys is None else self.keys.shape[0]
+        return self.store.batch
 
 
 @dataclass(slots=True)
@@ -226,7 +230,10 @@ def layers_for(config: Any, policy: Policy | None) -> list[Any]:
     ours = [i for i, layer in enumerate(made) if type(layer) is DynamicLayer]
     if not ours:
         raise NarrowsError(f"{text.model_type} has no layer with full attention to hold a cache of")
-    return [KVLayer(i, policy) if i in ours else layer for i, layer in enumerate(made)]
+    return [
+        KVLayer(i, policy, None if policy is None else policy.store(text)) if i in ours else layer
+        for i, layer in enumerate(made)
+    ]
 
 
 class KVCache(Cache):

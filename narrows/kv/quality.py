@@ -168,17 +168,24 @@ def through(
     from narrows.kv.adapter import KVCache, stores
 
     with _reading(model):
-        caches = {name: KVCache(model.config) for name in policies}
+        caches = {name: KVCache(model.config, policy) for name, policy in policies.items()}
         every = _Every(policies, {name: stores(cache) for name, cache in caches.items()})
         whole = KVCache(model.config, every)
         first = model(prompt, past_key_values=whole, use_cache=True, logits_to_keep=1).logits
         del whole
         if not rest.shape[1]:
             return {name: first for name in policies}  # noqa: C420 - typed by its value
-        return {
-            name: torch.cat([first, model(rest, past_key_values=cache, use_cache=True).logits], 1)
-            for name, cache in caches.items()
-        }
+
+        def read(name: str) -> torch.Tensor:
+            policy = policies[name]
+            at_once = 1 if policy is not None and policy.stepwise else rest.shape[1]
+            made = [
+                model(part, past_key_values=caches[name], use_cache=True).logits
+                for part in rest.split(at_once, 1)
+            ]
+            return torch.cat([first, *made], 1)
+
+        return {name: read(name) for name in policies}
 
 
 class _Every(Policy):

@@ -1,8 +1,8 @@
 """What one layer holds: keys and values in place, where each came from, and attention over them.
 
 Nothing is concatenated: new tokens are written into spare room at the end of a buffer, and the
-room doubles when it is used up. Codecs (packed segments) and tiers (host, drive) will make a
-Store hold several segments; today all its tokens are one.
+room doubles when it is used up. All tokens of this store are one segment; packed ones are in
+store_packed.py.
 """
 
 from __future__ import annotations
@@ -95,6 +95,9 @@ class Store:
             buffer[:, :, : self.held] = old[:, :, : self.held]
         return buffer
 
+    def settle(self) -> None:
+        """Called when new tokens have been attended: what is to be stored otherwise, now is."""
+
     def attend(
         self, queries: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
     ) -> torch.Tensor:
@@ -137,6 +140,11 @@ class Store:
             old = old.masked_fill((self.columns < 0)[:, :, None], hidden)
         new = given[..., self.seen - (self.held - kept) :]
         return torch.cat([old, new], -1)
+
+    @property
+    def batch(self) -> int:
+        """Rows of the batch; 0 while empty."""
+        return 0 if self._keys is None else self._keys.shape[0]
 
     @property
     def _device(self) -> torch.device:

@@ -102,16 +102,15 @@ def test_a_model_that_does_not_fit_says_so():
 
 def test_find_knows_when_snapkv_does_nothing():
     short = data("find", "llama-3-8b", "--machine", "h100-sxm", "--prompt", "256")
-    assert {o["gain"] for o in short["options"]} == {1.0}
+    assert {o["gain"] for o in short["options"] if o["key"] == "snapkv"} == {1.0}
     prefill = data(
         "find", "llama-3-8b", "--machine", "h100-sxm", "--prompt", "16384", "--generate", "0"
     )
-    assert all(o["gain"] <= 1.0 for o in prefill["options"])
+    assert all(o["gain"] <= 1.0 for o in prefill["options"] if o["key"] == "snapkv")
     long = data(
         "find", "llama-2-7b", "--machine", "h100-sxm", "--prompt", "16384", "--generate", "512"
     )
-    best = long["options"][0]
-    assert best["key"] == "snapkv"
+    best = next(o for o in long["options"] if o["key"] == "snapkv")
     assert best["gain"] > 1.2
     assert {"key", "gain", "seconds", "price", "reason"} <= best.keys()
 
@@ -154,7 +153,7 @@ def test_methods_lists_all_systems():
         ("bound", "llama-3-8b", "--machine", "h100-sxm", "--colour"),
         ("machine", "h100"),
         ("apply", "llama-3-8b", "--with", "snapkv", "--save", "x"),
-        ("apply", "reference", "--with", "kivi", "--save", "x"),
+        ("apply", "reference", "--with", "alisa", "--save", "x"),
         ("apply", "reference", "--with", "snapkv:size=3", "--save", "x"),
         ("apply", "reference", "--with", "snapkv:capacity", "--save", "x"),
         ("apply", "reference", "--with", "fusemax", "--save", "x"),
