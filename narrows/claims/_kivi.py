@@ -122,12 +122,13 @@ def equal_parts(store: PackedStore, keys: torch.Tensor, values: torch.Tensor) ->
             same -= body.tokens  # nothing may be packed
             continue
         codec = body.codec
+        assert isinstance(codec, Affine)
         for head in range(x.shape[1]):
             parts = by_definition(x[0, head, :end].numpy(), codec.bits, axis, codec.group)
             if body.tokens == end:
-                held = body.packed
-                codes = unfold(held.codes, codec.bits)[0, head].numpy()
-                mine = codes, held.scale[0, head].numpy(), held.minimum[0, head].numpy()
+                folded, scale, low = body.packed.parts
+                codes = unfold(folded, codec.bits)[0, head].numpy()
+                mine = codes, scale[0, head].numpy(), low[0, head].numpy()
             else:
                 mine = ()
             for part in parts:
@@ -165,7 +166,7 @@ class Axes(Policy):
     def on_prefill_end(self, prompt: Prompt) -> None:
         """Nothing is dropped."""
 
-    def store(self, config: Any) -> Store:
+    def store(self, config: Any, layer: int = 0) -> Store:
         """See Policy."""
         return Rounded(self.key_axis, self.value_axis, self.bits, 32, 128)
 

@@ -122,6 +122,8 @@ def packed_attention_beside_unpacked() -> Figure:
 )  # fmt: skip
 def stored_error() -> Figure:
     """Rounding to the grid once: never above half a scale, and in no block nothing."""
+    from narrows.kv.codec import Affine
+
     store = store_of(KIVI())
     keys, values = random_tokens(600), random_tokens(600, seed=1)
     store.fill(keys[:, :, :300], values[:, :, :300], None, None)
@@ -131,8 +133,9 @@ def stored_error() -> Figure:
     worst, least = 0.0, float("inf")
     for body, x in zip(store.bodies, (keys, values), strict=True):
         held = body.packed
+        assert isinstance(body.codec, Affine)
         group, axis = body.codec.group, 2 if body.codec.axis == "channel" else 3
-        scale = held.scale.float().repeat_interleave(group, axis)
+        scale = held.parts[1].float().repeat_interleave(group, axis)
         error = (held.unpack() - x[:, :, : body.tokens]).abs()
         worst = max(worst, float((error / scale).max()))
         blocks = error[:, :, : body.tokens // group * group].unflatten(2, (-1, group))

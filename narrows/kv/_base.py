@@ -1,9 +1,9 @@
 """What members of `kv/` share: a policy that chooses tokens, and how it is put to work.
 
-A *policy* is asked once a layer, at the end of prefill, which prompt tokens to keep; everything
-else (storage, positions, padding, the seam to transformers) is the substrate's. A policy
-also says what its tokens are stored in, so that a codec is a policy with a store of its own.
-Further moments (a prefill chunk, a decode step) and tiers join here with their members.
+A *policy* is asked at up to four moments: when a chunk of a prompt was read, when the prompt was
+read, when a decode step was attended, and (for pricing) how many tokens it keeps; everything else
+(storage, positions, padding, the seam to transformers) is the substrate's. A policy also says
+what its tokens are stored in, so that a codec is a policy with a store of its own.
 """
 
 from __future__ import annotations
@@ -18,16 +18,21 @@ from narrows.core.method import Applied, Change, Technique
 if TYPE_CHECKING:
     import torch
 
+    from narrows.core.tensor import Number
     from narrows.kv.store_torch import Store
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a policy may look at when a layer has read the whole prompt.
+    """What a policy may look at when a layer has read the whole prompt, or a chunk of it.
 
     layer: index. queries: (batch, heads, tokens, head_dim) and keys, values: (batch, kv_heads,
     tokens, head_dim), positions already applied. valid: (batch, tokens) bool, False on padding;
-    None where nothing is padded. scaling: what attention multiplies its scores by.
+    None where nothing is padded. scaling: what attention multiplies its scores by. module: the
+    model's attention. hidden: what came into it, (batch, tokens, width), where the policy
+    `needs_hidden`. start: column of the first token, 0 unless the prompt came in chunks. last:
+    whether the prompt ends here. At the end of a prompt that came in chunks, keys and values are
+    all that is held (start is then 0 and columns are slots), queries and hidden the last chunk's.
     """
 
     layer: int
@@ -36,6 +41,10 @@ class Prompt:
     values: torch.Tensor
     valid: torch.Tensor | None
     scaling: float
+    module: Any = None
+    hidden: torch.Tensor | None = None
+    start: int = 0
+    last: bool = True
 
 
 class Policy(ABC):
@@ -44,7 +53,13 @@ class Policy(ABC):
     stepwise: ClassVar[bool] = False
     """Whether tokens that come one at a time are read otherwise than the same tokens at once."""
 
-    def store(self, config: Any) -> Store:
+    needs_hidden: ClassVar[bool] = False
+    """Whether it looks at what comes into a layer's attention (Prompt.hidden)."""
+
+    chunk: int | None = None
+    """Tokens of a prompt that are read at a time; None: all."""
+
+    def store(self, config: Any, layer: int = 0) -> Store:
         """An empty store for one layer; config: of the model's decoder.
 
         Raises NarrowsError for a model whose cache cannot be stored so.
@@ -52,6 +67,27 @@ class Policy(ABC):
         from narrows.kv.store_torch import Store
 
         return Store()
+
+    def attend_prompt(self, prompt: Prompt, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Attention over a whole prompt, (batch, heads, tokens, head_dim); None: plain attention.
+
+        mask: the model's, (batch, 1, tokens, tokens) bool or additive; None where it is causal.
+        """
+        return None
+
+    def on_prefill_chunk(self, chunk: Prompt, store: Store) -> torch.Tensor | None:
+        """After a chunk was attended and stored: slots of the store to keep; None to keep all.
+
+        (batch, kv_heads, kept) int64 ascending, -1 in front where a row or head keeps fewer.
+        """
+        return None
+
+    def on_decode_step(self, layer: int, store: Store) -> None:  # noqa: B027 - optional
+        """After new tokens were attended and settled."""
+
+    def budget(self, tokens: Number) -> Number:
+        """Tokens kept of a prompt of so many; all of them where nothing is evicted."""
+        return tokens
 
     @abstractmethod
     def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:

@@ -15,7 +15,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ UNSUPPORTED = ("softcap", "s_aux", "position_bias")
 _CROP_TO_LENGTH = "max_length" in inspect.signature(DynamicLayer.crop).parameters
 
 
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """That a prompt comes in chunks, and whether this is the last."""
+
+    last: bool
+
+
 class KVLayer(CacheLayerMixin):
     """One layer of a cache: a Store, filled under a policy (None keeps all, in place)."""
 
@@ -53,6 +61,8 @@ class KVLayer(CacheLayerMixin):
         self.index = index
         self.policy = policy
         self.store = Store() if store is None else store
+        self.chunk: Chunk | None = None
+        self.hidden: torch.Tensor | None = None
 
     @property
     def keys(self) -> torch.Tensor | None:  # type: ignore[override]
@@ -90,22 +100,64 @@ class KVLayer(CacheLayerMixin):
         options: dict[str, Any],
     ) -> torch.Tensor:
         """Store the new tokens and attend, (batch, tokens, heads, head_dim)."""
-        if self.store.seen:
-            self.store.append(keys, values)
-            out = self.store.attend(queries, mask, scaling).transpose(1, 2)
-            self.store.settle()
+        scale = queries.shape[3] ** -0.5 if scaling is None else scaling
+        hidden, self.hidden = self.hidden, None
+        if not self.store.seen:
+            valid = _valid(mask, keys)
+            prompt = Prompt(self.index, queries, keys, values, valid, scale, module, hidden)
+            if self.chunk is not None:
+                self.store.append(keys, values, valid)
+                return self._chunk(prompt, module, mask, scaling, options)
+            out = None
+            if self.policy is not None:
+                out = self.policy.attend_prompt(prompt, mask)
+            if out is None:
+                out, _ = sdpa_attention_forward(
+                    module, queries, keys, values, mask, scaling=scaling, **options
+                )
+            else:
+                out = out.transpose(1, 2)
+            columns = None if self.policy is None else self.policy.on_prefill_end(prompt)
+            self.store.fill(keys, values, columns, valid)
             return out
-        out, _ = sdpa_attention_forward(
-            module, queries, keys, values, mask, scaling=scaling, **options
-        )
-        valid = _valid(mask, keys)
-        columns = None
+        start = self.store.seen
+        self.store.append(keys, values)
+        if self.chunk is not None:
+            prompt = Prompt(self.index, queries, keys, values, None, scale, module, hidden, start)
+            return self._chunk(prompt, module, mask, scaling, options)
+        out = self.store.attend(queries, mask, scaling).transpose(1, 2)
+        self.store.settle()
         if self.policy is not None:
-            scale = queries.shape[3] ** -0.5 if scaling is None else scaling
-            columns = self.policy.on_prefill_end(
-                Prompt(self.index, queries, keys, values, valid, scale)
+            self.policy.on_decode_step(self.index, self.store)
+        return out
+
+    def _chunk(
+        self, chunk: Prompt, module: torch.nn.Module, mask: torch.Tensor | None,
+        scaling: float | None, options: dict[str, Any],
+    ) -> torch.Tensor:  # fmt: skip
+        """Attend a chunk of a prompt that is stored already, and let the policy choose."""
+        assert self.chunk is not None
+        chunk = replace(chunk, last=self.chunk.last)
+        if chunk.start:
+            out = self.store.attend(chunk.queries, mask, scaling).transpose(1, 2)
+        else:
+            out, _ = sdpa_attention_forward(
+                module, chunk.queries, chunk.keys, chunk.values, mask, scaling=scaling, **options
             )
-        self.store.fill(keys, values, columns, valid)
+        if self.policy is not None:
+            slots = self.policy.on_prefill_chunk(chunk, self.store)
+            if slots is not None:
+                self.store.keep(slots)
+            if chunk.last:
+                keys, values = self.store.keys, self.store.values
+                assert keys is not None
+                assert values is not None
+                held = replace(chunk, keys=keys, values=values, start=0, valid=self.store.valid())
+                slots = self.policy.on_prefill_end(held)
+                if slots is not None:
+                    self.store.keep(slots)
+        if chunk.last:
+            self.store.settle()
         return out
 
     def get_mask_sizes(self, query: int | torch.Tensor) -> tuple[int, int]:  # type: ignore[override]
@@ -146,6 +198,10 @@ class KVLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row of the batch `repeats` times."""
         self.store.rows(torch.arange(self._rows).repeat_interleave(repeats))
+
+    def copied(self) -> KVLayer:
+        """A layer that holds the same and goes on on its own."""
+        return KVLayer(self.index, self.policy, deepcopy(self.store))
 
     @property
     def _rows(self) -> int:
@@ -231,7 +287,9 @@ def layers_for(config: Any, policy: Policy | None) -> list[Any]:
     if not ours:
         raise NarrowsError(f"{text.model_type} has no layer with full attention to hold a cache of")
     return [
-        KVLayer(i, policy, None if policy is None else policy.store(text)) if i in ours else layer
+        KVLayer(i, policy, None if policy is None else policy.store(text, i))
+        if i in ours
+        else layer
         for i, layer in enumerate(made)
     ]
 
@@ -244,6 +302,15 @@ class KVCache(Cache):
 
     def __init__(self, config: Any, policy: Policy | None = None) -> None:
         super().__init__(layers=layers_for(config, policy))
+
+
+def copied(cache: Cache) -> Cache:
+    """A cache that goes on from here on its own; policies and tiers stay shared."""
+    made = copy(cache)
+    made.layers = [
+        layer.copied() if isinstance(layer, KVLayer) else deepcopy(layer) for layer in cache.layers
+    ]
+    return made
 
 
 def stores(cache: Cache) -> list[Store]:
@@ -261,12 +328,15 @@ class Supply:
 
     A fresh one where the caller passed none; an empty DynamicCache (what `generate` makes) is
     taken over, so that the caller's own object holds what is kept. A cache that holds tokens
-    already is left as it is.
+    already is left as it is. A policy that reads prompts in chunks gets them so: the logits are
+    then of the last chunk.
     """
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
         self.cache: Cache | None = None
+        self._reading = False
+        self._last: Any = None
 
     def __call__(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) > 1:
@@ -291,7 +361,35 @@ class Supply:
             given.layers = layers_for(model.config, self.policy)
             given.layer_class_to_replicate = None
         self.cache = given
-        return args, {**kwargs, "past_key_values": given}
+        kwargs = {**kwargs, "past_key_values": given}
+        return self._in_chunks(model, args, kwargs) if self.policy.chunk else (args, kwargs)
+
+    def _in_chunks(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Read all but the last chunk of a long prompt here; the model goes on with that one."""
+        from narrows.kv.chunked import in_chunks, read
+
+        ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs["past_key_values"]
+        size = self.policy.chunk
+        if size is None or ids is None or cache.get_seq_length() or self._reading:
+            return args, kwargs
+        self._reading = True
+        try:
+            begin = read(model, ids, cache, size, kwargs.get("attention_mask"))
+        finally:
+            self._reading = False
+        self._last = in_chunks(cache, last=True)
+        self._last.__enter__()
+        for name in ("position_ids", "cache_position"):
+            if kwargs.get(name) is not None:
+                kwargs[name] = kwargs[name][..., begin:]
+        rest = ids[:, begin:]
+        return ((rest,), kwargs) if args else ((), {**kwargs, "input_ids": rest})
+
+    def leave(self, *_: Any) -> None:
+        """Forward hook: the last chunk has been read, or failed."""
+        if self._last is not None and not self._reading:
+            self._last.__exit__(None, None, None)
+            self._last = None
 
 
 @dataclass
@@ -325,7 +423,11 @@ def wrap(model: Any, policy: Policy) -> Iterator[AppliedCache]:
     layers_for(model.config, policy)
     before = _implementations(model.config)
     supply = Supply(policy)
-    hook = model.register_forward_pre_hook(supply, with_kwargs=True)
+    hooks = [
+        model.register_forward_pre_hook(supply, with_kwargs=True),
+        model.register_forward_hook(supply.leave, always_call=True),
+        *(hidden_states(model) if policy.needs_hidden else ()),
+    ]
     try:
         model.set_attn_implementation(ATTENTION)
         if model.config.get_text_config(decoder=True)._attn_implementation != ATTENTION:
@@ -335,8 +437,28 @@ def wrap(model: Any, policy: Policy) -> Iterator[AppliedCache]:
             )
         yield AppliedCache(model, supply)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)
+
+
+def hidden_states(model: Any) -> list[Any]:
+    """Hooks that hand what comes into each attention to its layer of a cache; remove them after."""
+
+    def tell(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, Cache) and stores(cache):
+            layer = cache.layers[module.layer_idx]
+            if isinstance(layer, KVLayer):
+                layer.hidden = args[0] if args else kwargs.get("hidden_states")
+
+    found = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    if not found:
+        raise NarrowsError(
+            f"the attention modules of {type(model).__name__} are not known, so what comes into "
+            "them cannot be seen"
+        )
+    return [m.register_forward_pre_hook(tell, with_kwargs=True) for m in found]
 
 
 def _implementations(config: Any) -> str | dict[str, str]:

@@ -56,11 +56,17 @@ def packed(
     queries: (batch, kv_heads, rows, head_dim) fp32, all that share a KV head. keys may hold more
     tokens. bias: added to the scores, (batch or 1, kv_heads or 1, rows or 1, >= tokens) fp32.
     """
-    if queries.device.type == "cpu" and queries.shape[2] <= FEW:
+    if queries.device.type == "cpu" and queries.shape[2] <= FEW and loops(keys, values):
         run = compiled(queries.shape[3], queries.shape[2], keys.codec, values.codec)
         if run is not None:
             return _threads(run, queries, keys, values, tokens, bias, scaling)
     return blocks(queries, keys, values, tokens, bias, scaling)
+
+
+def loops(keys: Packed, values: Packed) -> bool:
+    """Whether there are loops for these codecs: keys by channel, values by token."""
+    of = keys.codec, values.codec
+    return all(isinstance(c, Affine) for c in of) and [c.axis for c in of] == ["channel", "token"]
 
 
 def blocks(
@@ -72,15 +78,18 @@ def blocks(
     scaling: float,
 ) -> Partial:
     """`packed` in plain torch, BLOCK tokens unpacked at a time."""
-    per = keys.codec.group
-    step = max(BLOCK // per, 1) * per
+    block = max(keys.codec.block, values.codec.block)
+    step = max(BLOCK // block, 1) * block
     parts: list[Partial] = []
     for begin in range(0, tokens, step):
         end = min(begin + step, tokens)
-        edge = -(-end // per) * per
-        key = keys.span(begin, edge).unpack()[:, :, : end - begin]
-        some = None if bias is None else bias[..., begin:end]
-        parts.append(dense(queries, key, values.span(begin, end).unpack(), some, scaling))
+        key, value = (
+            x.span(begin, -(-end // x.codec.block) * x.codec.block) for x in (keys, values)
+        )
+        scores = key.codec.scores(queries * scaling, key)[..., : end - begin]
+        weights, total = _softmax(scores, None if bias is None else bias[..., begin:end])
+        weights = torch.nn.functional.pad(weights, (0, value.tokens - (end - begin)))
+        parts.append((value.codec.mix(weights, value), total))
     return merge(parts)
 
 
@@ -92,12 +101,16 @@ def dense(
     scaling: float,
 ) -> Partial:
     """Attention over plain keys and values; shapes as in `packed`. Zero where all is hidden."""
-    scores = (queries * scaling) @ keys.float().transpose(2, 3)
+    weights, total = _softmax((queries * scaling) @ keys.float().transpose(2, 3), bias)
+    return weights @ values.float(), total
+
+
+def _softmax(scores: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, zero where all is hidden, and the log of the sum of exponentials."""
     if bias is not None:
         scores = scores + bias
     total = scores.logsumexp(-1)
-    weights = (scores - total.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).min)).exp()
-    return weights @ values.float(), total
+    return (scores - total.unsqueeze(-1).clamp(min=torch.finfo(torch.float32).min)).exp(), total
 
 
 def merge(parts: Sequence[Partial]) -> Partial:

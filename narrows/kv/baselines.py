@@ -79,6 +79,26 @@ class KeyNorm(Policy):
         return top(prompt, self.window, [self.capacity] * prompt.keys.shape[0], score)
 
 
+class HeavyHitters(Policy):
+    """Keeps the tokens that all queries together look at most (H2O, arXiv 2306.14048).
+
+    At the end of the prompt; the original also lets tokens go during decode.
+    """
+
+    def __init__(self, capacity: int, window: int = 32) -> None:
+        _check(capacity, window)
+        self.capacity, self.window = capacity, window
+
+    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
+        """See Policy."""
+        from narrows.kv.select_torch import all_votes, top
+
+        return top(
+            prompt, self.window, [self.capacity] * prompt.keys.shape[0],
+            lambda: all_votes(prompt)[..., : prompt.keys.shape[2] - self.window],
+        )  # fmt: skip
+
+
 def _check(capacity: int, least: int) -> None:
     if capacity <= least:
         raise NarrowsError(f"capacity must be above {least} tokens, not {capacity}")

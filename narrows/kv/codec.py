@@ -1,20 +1,15 @@
-"""Affine codes of few bits: a minimum and a scale a group, codes that are really packed.
+"""Codecs: what keys and values are stored in, and attention over them as they are stored.
 
-A code stands for `code * scale + minimum`, `scale = (largest - smallest) / (2^bits - 1)`, both in
-fp16 (KIVI, arXiv 2402.02750, section 3.2 and its quantisation code). The minimum is rounded down
-to fp16 and the scale is taken from there, so nothing lies below the grid and a stored element is
-within half a scale of the original; where the input is fp16 already this is the official rule.
-
-Codes of a token share bytes along its channels: byte j holds channels j, j + W, j + 2 W, ... of
-the W bytes of a token, the first in the lowest bits, so that neighbouring lanes of a vector read
-neighbouring bytes, and a body may have any number of tokens. Groups are apart from packing: of
-`group` tokens in one channel (`channel`: KIVI's keys), or of `group` channels in one token
-(`token`: its values).
+A codec turns (batch, kv_heads, tokens, head_dim) into parts whose rows stand for one or more
+tokens. It may attend in the space of its codes (`scores`, `mix`); without that, what is needed is
+unpacked block by block. Any codec can be put in any tier (tier.py) under any policy (_base.py).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -30,16 +25,160 @@ SCALES_BITS = 32
 """Bits that a group spends on its scale and minimum."""
 
 
+class Codec(ABC):
+    """A way to store tokens. Frozen, so that equal codecs share compiled code."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Codec:
+        return self  # caches share what they are coded by
+
+    @property
+    @abstractmethod
+    def per(self) -> tuple[int, ...]:
+        """Tokens that one row of each part stands for."""
+
+    @property
+    def block(self) -> int:
+        """Tokens that can only be packed together."""
+        return max(self.per)
+
+    @abstractmethod
+    def check(self, head_dim: int) -> None:
+        """Raise NarrowsError where heads of so many channels cannot be coded."""
+
+    @abstractmethod
+    def element_bits(self, head_dim: int) -> float:
+        """Bits an element takes, scales included."""
+
+    @abstractmethod
+    def pack(self, x: torch.Tensor) -> Packed:
+        """Code (batch, kv_heads, tokens, head_dim), a whole number of blocks.
+
+        Raises NarrowsError for values that cannot be coded.
+        """
+
+    @abstractmethod
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """What the codes stand for, (batch, kv_heads, tokens, head_dim) fp32."""
+
+    def scores(self, queries: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Products with packed keys, (batch, kv_heads, rows, tokens) fp32.
+
+        queries: (batch, kv_heads, rows, head_dim) fp32, all that share a KV head, scaled.
+        """
+        return queries @ self.unpack(packed).transpose(2, 3)
+
+    def mix(self, weights: torch.Tensor, packed: Packed) -> torch.Tensor:
+        """Packed values by weights (batch, kv_heads, rows, tokens); (..., rows, head_dim) fp32."""
+        return weights @ self.unpack(packed)
+
+
+@dataclass(slots=True)
+class Packed:
+    """Coded tokens. parts: what is stored, each (batch, kv_heads, tokens / per, width)."""
+
+    codec: Any
+    parts: tuple[torch.Tensor, ...]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens these are."""
+        return self.parts[0].shape[2] * self.codec.per[0]
+
+    def nbytes(self) -> int:
+        """Bytes of all parts."""
+        return sum(t.numel() * t.element_size() for t in self.parts)
+
+    def span(self, begin: int, end: int) -> Packed:
+        """Tokens from `begin` to `end` as views; both at edges of blocks."""
+        block = self.codec.block
+        if begin % block or end % block:
+            raise NarrowsError(f"tokens {begin} to {end} cut through groups of {block}")
+        return Packed(
+            self.codec,
+            tuple(
+                t[:, :, begin // per : end // per]
+                for t, per in zip(self.parts, self.codec.per, strict=True)
+            ),
+        )
+
+    def take(self, index: torch.Tensor) -> Packed:
+        """Chosen tokens, index (batch, kv_heads, k); NarrowsError where tokens are coded together.
+
+        A choice among tokens that share scales goes through `unpack`.
+        """
+        if self.codec.block > 1:
+            raise NarrowsError(
+                f"single tokens cannot be taken out of groups of {self.codec.block} that share "
+                "their scales"
+            )
+        return Packed(
+            self.codec,
+            tuple(
+                t.gather(2, index.unsqueeze(-1).expand(*index.shape, t.shape[3]))
+                for t in self.parts
+            ),
+        )
+
+    def unpack(self) -> torch.Tensor:
+        """What the codes stand for, (batch, kv_heads, tokens, head_dim) fp32."""
+        return self.codec.unpack(self)
+
+
 @dataclass(frozen=True, slots=True)
-class Affine:
-    """A codec. bits: of a code, of BITS. axis: of AXES. group: elements that share a scale."""
+class Dense(Codec):
+    """Full precision: tokens as they come, in `dtype` (None: their own)."""
+
+    dtype: torch.dtype | None = None
+
+    @property
+    def per(self) -> tuple[int, ...]:
+        """See Codec."""
+        return (1,)
+
+    def check(self, head_dim: int) -> None:
+        """Every head can be kept as it is."""
+
+    def element_bits(self, head_dim: int) -> float:
+        """Of the stored type; fp32 where it is the tokens' own."""
+        return 8.0 * torch.empty(0, dtype=self.dtype or torch.float32).element_size()
+
+    def pack(self, x: torch.Tensor) -> Packed:
+        """The tokens themselves."""
+        return Packed(self, (x if self.dtype is None else x.to(self.dtype),))
+
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """See Codec."""
+        return packed.parts[0].float()
+
+
+@dataclass(frozen=True, slots=True)
+class Affine(Codec):
+    """Codes of few bits, a minimum and a scale a group. bits: of a code, of BITS. axis: of AXES.
+
+    A code stands for `code * scale + minimum`, `scale = (largest - smallest) / (2^bits - 1)`,
+    both in fp16 (KIVI, arXiv 2402.02750, section 3.2 and its quantisation code). The minimum is
+    rounded down to fp16 and the scale is taken from there, so nothing lies below the grid and a
+    stored element is within half a scale of the original; where the input is fp16 already this is
+    the official rule. `group` elements share a scale: tokens of one channel (`channel`: KIVI's
+    keys), or channels of one token (`token`: its values).
+
+    Parts: codes uint8 (tokens, head_dim * bits / 8), scale and minimum fp16. Byte j of a token
+    holds channels j, j + W, j + 2 W, ... of the W bytes of a token, the first in the lowest bits,
+    so that neighbouring lanes of a vector read neighbouring bytes.
+    """
 
     bits: int
     axis: str
     group: int
 
+    @property
+    def per(self) -> tuple[int, ...]:
+        """See Codec."""
+        of = self.group if self.axis == "channel" else 1
+        return 1, of, of
+
     def check(self, head_dim: int) -> None:
-        """Raise NarrowsError where heads of so many channels cannot be coded."""
+        """See Codec."""
         if self.axis == "token" and head_dim % self.group:
             raise NarrowsError(
                 f"groups of {self.group} channels do not divide heads of {head_dim} channels; "
@@ -51,26 +190,18 @@ class Affine:
                 "bits; give more bits"
             )
 
-    def width(self, head_dim: int) -> int:
-        """Bytes of a token's codes."""
-        return head_dim * self.bits // 8
+    def element_bits(self, head_dim: int) -> float:
+        """See Codec."""
+        return self.bits + SCALES_BITS / self.group
 
     def pack(self, x: torch.Tensor) -> Packed:
-        """Code (batch, heads, tokens, channels); along `channel`, tokens must fill groups.
-
-        Raises NarrowsError where groups are not filled, or values exceed what fp16 can hold.
-        """
-        batch, heads, tokens, channels = x.shape
+        """See Codec. Raises also where values exceed what fp16 can hold."""
+        tokens, channels = x.shape[2:]
         self.check(channels)
+        if tokens % self.block:
+            raise NarrowsError(f"{tokens} tokens do not fill groups of {self.block}")
         x = x.float()
-        if self.axis == "channel":
-            if tokens % self.group:
-                raise NarrowsError(f"{tokens} tokens do not fill groups of {self.group}")
-            grouped = x.reshape(batch, heads, tokens // self.group, self.group, channels)
-            dim = 3
-        else:
-            grouped = x.reshape(batch, heads, tokens, channels // self.group, self.group)
-            dim = 4
+        grouped, dim = self._grouped(x)
         low = _half_below(grouped.amin(dim, keepdim=True))
         high = grouped.amax(dim, keepdim=True)
         scale = ((high - low.float()) / (2**self.bits - 1)).half()
@@ -83,54 +214,23 @@ class Affine:
         codes = (grouped - low.float()) / torch.where(step > 0, step, torch.ones_like(step))
         codes = codes.clamp_(0, 2**self.bits - 1).round_()
         codes = torch.where(step > 0, codes, torch.zeros_like(codes)).to(torch.uint8)
-        return Packed(
-            self, fold(codes.reshape(x.shape), self.bits), scale.squeeze(dim), low.squeeze(dim)
-        )
+        folded = fold(codes.reshape(x.shape), self.bits)
+        return Packed(self, (folded, scale.squeeze(dim), low.squeeze(dim)))
 
+    def unpack(self, packed: Packed) -> torch.Tensor:
+        """See Codec."""
+        folded, scale, low = packed.parts
+        codes = unfold(folded, self.bits).float()
+        grouped, dim = self._grouped(codes)
+        grouped = grouped * scale.float().unsqueeze(dim) + low.float().unsqueeze(dim)
+        return grouped.reshape(codes.shape)
 
-@dataclass(slots=True)
-class Packed:
-    """Coded tokens.
-
-    codes: (batch, heads, tokens, width) uint8. scale, minimum: fp16, (batch, heads, tokens /
-    group, channels) along `channel`, (batch, heads, tokens, channels / group) along `token`.
-    """
-
-    codec: Affine
-    codes: torch.Tensor
-    scale: torch.Tensor
-    minimum: torch.Tensor
-
-    @property
-    def parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What is stored."""
-        return self.codes, self.scale, self.minimum
-
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and minima."""
-        return sum(t.numel() * t.element_size() for t in self.parts)
-
-    def span(self, begin: int, end: int) -> Packed:
-        """Tokens from `begin` to `end` as views; along `channel`, both at edges of groups."""
-        per = self.codec.group if self.codec.axis == "channel" else 1
-        if begin % per or end % per:
-            raise NarrowsError(f"tokens {begin} to {end} cut through groups of {per}")
-        inside = slice(begin // per, end // per)
-        return Packed(
-            self.codec, self.codes[:, :, begin:end], self.scale[:, :, inside],
-            self.minimum[:, :, inside],
-        )  # fmt: skip
-
-    def unpack(self) -> torch.Tensor:
-        """The tokens that the codes stand for, (batch, heads, tokens, channels) fp32."""
-        codes = unfold(self.codes, self.codec.bits).float()
-        group, (batch, heads, tokens, channels) = self.codec.group, codes.shape
-        if self.codec.axis == "channel":
-            shape, dim = (batch, heads, tokens // group, group, channels), 3
-        else:
-            shape, dim = (batch, heads, tokens, channels // group, group), 4
-        scale, low = self.scale.float().unsqueeze(dim), self.minimum.float().unsqueeze(dim)
-        return (codes.reshape(shape) * scale + low).reshape(codes.shape)
+    def _grouped(self, x: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """The same elements with those that share a scale along one axis, and which that is."""
+        batch, heads, tokens, channels = x.shape
+        if self.axis == "channel":
+            return x.reshape(batch, heads, tokens // self.group, self.group, channels), 3
+        return x.reshape(batch, heads, tokens, channels // self.group, self.group), 4
 
 
 def fold(codes: torch.Tensor, bits: int) -> torch.Tensor:

@@ -86,7 +86,7 @@ class KIVI(KVTechnique):
         """Nothing is dropped."""
         return None
 
-    def store(self, config: Any) -> Store:
+    def store(self, config: Any, layer: int = 0) -> Store:
         """A packed store; NarrowsError where the model's heads cannot be coded."""
         from narrows.kv.codec import Affine
         from narrows.kv.store_packed import PackedStore
@@ -116,8 +116,10 @@ class KIVI(KVTechnique):
         case where the cache is packed already.
         """
         facts, size = self._facts(case), self.residual_length
+        # what a former step left of the prompt
+        prompt = case.workload.tensors["kv.prompt.key"].extent("token")
         shares = in_full(
-            facts["prompt"], facts["generate"],
+            prompt, facts["generate"],
             lambda seen: {"key": seen % size, "value": np.minimum(seen, size)},
         )  # fmt: skip
         scales = SCALES_BITS / self.group_size

@@ -7,7 +7,7 @@ reading; answers are then judged through each cache. Haystacks are given, or sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,83 @@ def right(
     return {name: Share.of(n, total) for name, n in count.items()}
 
 
+def asked(
+    model: Any,
+    tokenizer: Any,
+    policies: Mapping[str, Policy | None],
+    haystack: np.ndarray,
+    prompts: int = 128,
+    tokens: int = TOKENS,
+    count: int = 16,
+    value_tokens: int = 2,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Share of right answers where all `count` pairs of a prompt are asked after it.
+
+    Each question goes through a copy of the cache as the prompt left it, so `prompts` readings
+    give `prompts * count` answers. What votes with the question cannot know it here. Questions of
+    one prompt share its text: the interval (95 %, Wilson) takes them as independent, which they
+    are not quite. Returns a Share by candidate.
+    """
+    import torch
+
+    from narrows.kv.adapter import copied
+    from narrows.models.recall_lm import tasks
+    from narrows.models.recall_lm.evaluate import Share
+
+    alphabet, rng = tasks.Alphabet.of(tokenizer), np.random.default_rng(seed)
+    batch = tasks.pairs(
+        rng, alphabet, haystack, tokens, prompts * count, count, value_tokens, asked=count
+    )
+    ids, answers = (torch.from_numpy(x) for x in (batch.ids, batch.answers))
+    right_ones = dict.fromkeys(policies, 0)
+    with _reading(model, policies.values()):
+        for at in range(0, prompts, ROWS):
+            if progress:
+                progress(at / prompts, f"prompt {at} of {prompts}")
+            rows = torch.arange(at, min(at + ROWS, prompts)) * count
+            read = prompts_read(model, policies, ids[rows, : tokens - QUESTION])
+            for i in range(count):
+                expected = answers[rows + i]
+                rest = torch.cat([ids[rows + i, tokens - QUESTION :], expected[:, :-1]], 1)
+                for name, (cache, _) in read.items():
+                    logits = continued(model, policies[name], copied(cache), rest)
+                    said = logits[:, -expected.shape[1] :].argmax(-1)
+                    right_ones[name] += int((said == expected).all(1).sum())
+    return {name: Share.of(n, prompts * count) for name, n in right_ones.items()}
+
+
+def agreement(
+    model: Any,
+    policies: Mapping[str, Policy | None],
+    ids: np.ndarray,
+    context: int = TOKENS,
+    scored: int = 64,
+    windows: int = 32,
+) -> dict[str, Any]:
+    """Share of next tokens, greedily chosen, that are those of the dense cache.
+
+    Teacher-forced: all read the same `scored` tokens after the same context. Returns a Share by
+    candidate, over windows * scored tokens; windows as in perplexity.
+    """
+    import torch
+
+    from narrows.models.recall_lm.evaluate import Share
+
+    length = context + scored
+    starts = np.linspace(0, len(ids) - length, windows).astype(int)
+    rows = torch.from_numpy(np.stack([ids[s : s + length] for s in starts]).astype(np.int64))
+    same = dict.fromkeys(policies, 0)
+    every = {**policies, "": None}
+    for some in rows.split(ROWS):
+        told = through(model, every, some[:, :context], some[:, context:])
+        dense = told[""][:, 1:].argmax(-1)
+        for name in policies:
+            same[name] += int((told[name][:, 1:].argmax(-1) == dense).sum())
+    return {name: Share.of(n, windows * scored) for name, n in same.items()}
+
+
 def perplexity(
     model: Any,
     policies: Mapping[str, Policy | None],
@@ -165,27 +242,55 @@ def through(
     """
     import torch
 
-    from narrows.kv.adapter import KVCache, stores
+    with _reading(model, policies.values()):
+        read = prompts_read(model, policies, prompt)
+        return {
+            name: torch.cat([first, continued(model, policies[name], cache, rest)], 1)
+            for name, (cache, first) in read.items()
+        }
 
-    with _reading(model):
-        caches = {name: KVCache(model.config, policy) for name, policy in policies.items()}
-        every = _Every(policies, {name: stores(cache) for name, cache in caches.items()})
+
+def prompts_read(
+    model: Any, policies: Mapping[str, Policy | None], prompt: torch.Tensor
+) -> dict[str, tuple[Any, torch.Tensor]]:
+    """Each policy's cache after the prompt, and logits of its last token, (rows, 1, vocabulary).
+
+    Policies that let prefill be read entirely and choose at its end share one reading.
+    """
+    from narrows.kv.adapter import KVCache, stores
+    from narrows.kv.chunked import prefill
+
+    caches = {name: KVCache(model.config, policy) for name, policy in policies.items()}
+    made: dict[str, tuple[Any, torch.Tensor]] = {}
+    shared: dict[str, Policy | None] = {}
+    for name, policy in policies.items():
+        if policy is not None and policy.chunk:
+            told = prefill(model, prompt, caches[name], policy.chunk)
+            made[name] = caches[name], told.unsqueeze(1)
+        elif policy is not None and type(policy).attend_prompt is not Policy.attend_prompt:
+            told = model(prompt, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+            made[name] = caches[name], told.logits
+        else:
+            shared[name] = policy
+    if shared:
+        every = _Every(shared, {name: stores(caches[name]) for name in shared})
         whole = KVCache(model.config, every)
         first = model(prompt, past_key_values=whole, use_cache=True, logits_to_keep=1).logits
-        del whole
-        if not rest.shape[1]:
-            return {name: first for name in policies}  # noqa: C420 - typed by its value
+        made |= {name: (caches[name], first) for name in shared}
+    return {name: made[name] for name in policies}
 
-        def read(name: str) -> torch.Tensor:
-            policy = policies[name]
-            at_once = 1 if policy is not None and policy.stepwise else rest.shape[1]
-            made = [
-                model(part, past_key_values=caches[name], use_cache=True).logits
-                for part in rest.split(at_once, 1)
-            ]
-            return torch.cat([first, *made], 1)
 
-        return {name: read(name) for name in policies}
+def continued(model: Any, policy: Policy | None, cache: Any, rest: torch.Tensor) -> torch.Tensor:
+    """Logits after each token of `rest` (rows, tokens), read through the cache."""
+    import torch
+
+    if not rest.shape[1]:
+        return torch.empty(len(rest), 0, model.config.vocab_size, dtype=model.dtype)
+    at_once = 1 if policy is not None and policy.stepwise else rest.shape[1]
+    made = [
+        model(part, past_key_values=cache, use_cache=True).logits for part in rest.split(at_once, 1)
+    ]
+    return torch.cat(made, 1)
 
 
 class _Every(Policy):
@@ -203,16 +308,21 @@ class _Every(Policy):
 
 
 @contextmanager
-def _reading(model: Any) -> Iterator[None]:
+def _reading(model: Any, policies: Iterable[Policy | None] = ()) -> Iterator[None]:
     """The model with the attention that reads our caches, without gradients."""
     import torch
 
-    from narrows.kv.adapter import ATTENTION
+    from narrows.kv.adapter import ATTENTION, hidden_states
 
     before = model.config._attn_implementation
-    model.set_attn_implementation(ATTENTION)
+    hooks = []
     try:
+        model.set_attn_implementation(ATTENTION)
+        if any(policy is not None and policy.needs_hidden for policy in policies):
+            hooks = hidden_states(model)
         with torch.inference_mode():
             yield
     finally:
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)

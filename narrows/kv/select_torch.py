@@ -36,6 +36,31 @@ def window_votes(prompt: Prompt, window: int, kernel: int, pool: str) -> torch.T
     return pooled.view(batch, kv_heads, -1, tokens - window).mean(2)
 
 
+def all_votes(prompt: Prompt, rows: int = 256) -> torch.Tensor:
+    """How much all queries look at each token, (batch, kv_heads, tokens) fp32.
+
+    Causal softmax in fp32, summed over the queries, averaged over those that share a KV head.
+    rows: queries whose scores are in memory at a time.
+    """
+    keys = prompt.keys.float()
+    batch, kv_heads, tokens, size = keys.shape
+    queries = prompt.queries.float().reshape(batch, kv_heads, -1, tokens, size)
+    column = torch.arange(tokens, device=keys.device)
+    votes = keys.new_zeros((batch, kv_heads, tokens))
+    for i in range(batch):
+        for begin in range(0, tokens, rows):
+            some = queries[i, :, :, begin : begin + rows]
+            scores = some @ keys[i].transpose(1, 2)[:, None] * prompt.scaling
+            row = column[begin : begin + rows, None]
+            unseen = column > row if prompt.valid is None else (column > row) | ~prompt.valid[i]
+            scores.masked_fill_(unseen, torch.finfo(scores.dtype).min)
+            weights = scores.softmax(-1)
+            if prompt.valid is not None:
+                weights = weights * prompt.valid[i, begin : begin + rows, None]
+            votes[i] += weights.sum(2).mean(1)
+    return votes
+
+
 def lengths(prompt: Prompt) -> list[int]:
     """Tokens of each row, padding not counted."""
     batch, tokens = prompt.keys.shape[0], prompt.keys.shape[2]

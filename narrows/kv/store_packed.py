@@ -1,135 +1,53 @@
-"""What one layer holds when most of it is packed: a body of codes, and a recent part in full.
+"""What one layer holds when most of it is packed: a segment of codes, and a recent part in full.
 
-Two bodies and two residuals lie side by side, as KIVI has it (arXiv 2402.02750, section 3.3):
-keys gather in full precision until there are `residual` of them, which are then packed at once;
-the most recent `residual` values stay in full, the oldest leaves when one more comes. What is
-packed is never unpacked to be packed again. New tokens see each other and the residual in full:
-packing happens when a step has been attended (`settle`).
+Keys and values may be in codecs of their own, and their segment in another tier. Keys gather in
+full precision until there are `residual` of them, which are then packed at once; the most recent
+`residual` values stay in full, the oldest leave when more come (KIVI, arXiv 2402.02750, section
+3.3). With a residual of 0 everything is packed as soon as it fills a block of its codec. What is
+packed is never unpacked to be packed again. New tokens see each other and the recent part in
+full: packing happens when a step has been attended (`settle`).
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from narrows.core.errors import NarrowsError
-from narrows.kv.attend_packed import dense, merge, packed
-from narrows.kv.codec import Affine, Packed
-from narrows.kv.store_torch import ROOM, Store
-
-
-class Body:
-    """Packed tokens of one layer in buffers with room, (batch, kv_heads, tokens, ...)."""
-
-    def __init__(self, codec: Affine) -> None:
-        self.codec = codec
-        self.tokens = 0
-        self._room: Packed | None = None
-
-    def append(self, fresh: Packed) -> None:
-        """Add tokens behind the others; along `channel`, whole groups."""
-        end = self.tokens + fresh.codes.shape[2]
-        if self._room is None or end > self._room.codes.shape[2]:
-            self._grow(fresh, end)
-        assert self._room is not None
-        for room, part in zip(self._room.span(self.tokens, end).parts, fresh.parts, strict=True):
-            room.copy_(part)
-        self.tokens = end
-
-    def _grow(self, like: Packed, end: int) -> None:
-        """Room for half as much again; what is held moves."""
-        per = self.codec.group if self.codec.axis == "channel" else 1
-        size = -(-(end + max(ROOM, self.tokens // 2)) // per) * per
-        each = (size, size // per, size // per)
-        made = [
-            p.new_empty((*p.shape[:2], n, p.shape[3]))
-            for p, n in zip(like.parts, each, strict=True)
-        ]
-        room = Packed(self.codec, *made)
-        if self._room is not None:
-            held = self.packed.parts
-            for to, part in zip(room.span(0, self.tokens).parts, held, strict=True):
-                to.copy_(part)
-        self._room = room
-
-    @property
-    def packed(self) -> Packed:
-        """What is held, as views."""
-        assert self._room is not None
-        return self._room.span(0, self.tokens)
-
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and minima."""
-        return self.packed.nbytes() if self.tokens else 0
-
-    def reserved_bytes(self) -> int:
-        """Bytes allocated."""
-        return 0 if self._room is None else self._room.nbytes()
-
-    def rows(self, index: torch.Tensor) -> None:
-        """Take or reorder rows of the batch."""
-        if self._room is not None:
-            self._room = Packed(self.codec, *(p.index_select(0, index) for p in self._room.parts))
-
-
-class Tail:
-    """Tokens in full precision: they join at the end of a buffer and leave at its front."""
-
-    def __init__(self, room: int) -> None:
-        self.room = room
-        self.buffer: torch.Tensor | None = None
-        self.begin = self.end = 0
-
-    @property
-    def view(self) -> torch.Tensor:
-        """What is held, (batch, kv_heads, tokens, head_dim)."""
-        assert self.buffer is not None
-        return self.buffer[:, :, self.begin : self.end]
-
-    @property
-    def tokens(self) -> int:
-        """How many are held."""
-        return self.end - self.begin
-
-    def append(self, fresh: torch.Tensor) -> None:
-        """Add tokens."""
-        count = fresh.shape[2]
-        if self.buffer is None or self.end + count > self.buffer.shape[2]:
-            held = self.tokens
-            made = fresh.new_empty((*fresh.shape[:2], held + count + self.room, fresh.shape[3]))
-            if held:
-                made[:, :, :held] = self.view
-            self.buffer, self.begin, self.end = made, 0, held
-        self.buffer[:, :, self.end : self.end + count] = fresh
-        self.end += count
-
-    def take(self, count: int) -> torch.Tensor:
-        """The oldest tokens, which leave; a view that lasts until the next append."""
-        taken = self.view[:, :, :count]
-        self.begin += count
-        return taken
-
-    def rows(self, index: torch.Tensor) -> None:
-        """Take or reorder rows of the batch."""
-        if self.buffer is not None:
-            self.buffer = self.buffer.index_select(0, index)
+from narrows.kv.attend_packed import dense, merge
+from narrows.kv.body import Body, Segment, Tail
+from narrows.kv.codec import Codec, Packed
+from narrows.kv.store_torch import Store, as_bias
+from narrows.kv.tier import Device, Tier
 
 
 class PackedStore(Store):
-    """A Store whose older tokens are codes.
+    """A Store whose older tokens are codes, in some tier.
 
     keys, values: codecs. residual: tokens in full precision, as told above; a multiple of the
-    group of keys.
+    blocks of both codecs. tier: where packed tokens lie.
     """
 
-    def __init__(self, keys: Affine, values: Affine, residual: int) -> None:
+    def __init__(
+        self, keys: Codec, values: Codec, residual: int = 0, tier: Tier | None = None
+    ) -> None:
+        for codec in (keys, values):
+            if residual % codec.block:
+                raise NarrowsError(
+                    f"{residual} recent tokens are not a whole number of the groups of "
+                    f"{codec.block} tokens that are packed together"
+                )
         self.codecs = keys, values
         self.residual = residual
+        self.tier = tier or Device()
         super().__init__()
 
     def clear(self) -> None:
         """Forget everything."""
         super().clear()
-        self.bodies = Body(self.codecs[0]), Body(self.codecs[1])
+        self.bodies = Body(self.codecs[0], self.tier), Body(self.codecs[1], self.tier)
+        self.segment = Segment(*self.bodies)
         self.tails = Tail(self.residual), Tail(self.residual)
 
     @property
@@ -171,31 +89,32 @@ class PackedStore(Store):
         self.settle()
 
     def _write(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Called by fill and append: tokens join the residuals."""
         for tail, fresh in zip(self.tails, (keys, values), strict=True):
             tail.append(fresh)
         self._keys, self._values = self.tails[0].buffer, self.tails[1].buffer
         self.held += keys.shape[2]
 
-    def settle(self) -> None:
-        """Pack what has left the residuals: whole blocks of keys, single values."""
-        keys, values = self.tails
-        blocks = keys.tokens // self.residual * self.residual
-        for i, due in enumerate((blocks, values.tokens - self.residual)):
-            if due > 0:
-                self.bodies[i].append(self.codecs[i].pack(self.tails[i].view[:, :, :due]))
-                self.tails[i].take(due)
-                self._shrink(i)
+    def _replace(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        if self.bodies[0].tokens or self.bodies[1].tokens:
+            raise NarrowsError("tokens that are packed already are not chosen from; choose earlier")
+        self.tails = Tail(self.residual), Tail(self.residual)
+        self.held = 0
+        self._write(keys, values)
 
-    def _shrink(self, which: int) -> None:
-        """Let go of the buffer that a prompt came in, once it is mostly packed."""
-        tail = self.tails[which]
-        assert tail.buffer is not None
-        if tail.buffer.shape[2] > 2 * (tail.tokens + self.residual):
-            kept = tail.view.clone()
-            tail.buffer, tail.begin, tail.end = None, 0, 0
-            tail.append(kept)
-            self._keys, self._values = self.tails[0].buffer, self.tails[1].buffer
+    def due(self) -> tuple[int, int]:
+        """Keys and values that are to be packed now, the oldest of the recent ones."""
+        (keys, values), (key_tail, value_tail) = self.codecs, self.tails
+        every = self.residual or keys.block
+        leaving = max(value_tail.tokens - self.residual, 0)
+        return key_tail.tokens // every * every, leaving // values.block * values.block
+
+    def settle(self) -> None:
+        """Pack what has left the recent part: whole blocks."""
+        for body, tail, due in zip(self.bodies, self.tails, self.due(), strict=True):
+            if due:
+                body.append(body.codec.pack(tail.view[:, :, :due]))
+                tail.leave(due)
+        self._keys, self._values = self.tails[0].buffer, self.tails[1].buffer
 
     def attend(
         self, queries: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
@@ -204,52 +123,45 @@ class PackedStore(Store):
         if not self.held:
             raise NarrowsError("the cache is empty: there is nothing to attend to")
         batch, heads, tokens, size = queries.shape
-        (keys, values), (key_tail, value_tail) = self.bodies, self.tails
-        kv_heads = key_tail.view.shape[1]
+        kv_heads = self.tails[0].view.shape[1]
         scale = size**-0.5 if scaling is None else scaling
         asked = queries.float().reshape(batch, kv_heads, -1, size)
-        bias = self._bias(self.mask(mask, tokens), kv_heads, heads // kv_heads, tokens)
-        old = values.tokens
-        recent = key_tail.view.float()
-        if keys.tokens > old:  # packed keys whose values are still in full: below `residual`
-            per = keys.codec.group
-            some = keys.packed.span(old // per * per, keys.tokens).unpack()
-            recent = torch.cat([some[:, :, old % per :], recent], 2)
-        late = None if bias is None else bias[..., old:]
-        parts = [dense(asked, recent, value_tail.view, late, scale)]
+        bias = as_bias(self.mask(mask, tokens), kv_heads, heads // kv_heads, tokens)
+        old = self.segment.tokens
+        parts = []
         if old:
             early = None if bias is None else bias[..., :old]
-            parts.insert(0, packed(asked, keys.packed, values.packed, old, early, scale))
+            parts.append(self.segment.attend(asked, early, scale, old))
+        if old < self.held:
+            late = None if bias is None else bias[..., old:]
+            recent = [self._recent(i, old) for i in (0, 1)]
+            parts.append(dense(asked, recent[0], recent[1], late, scale))
         out = merge(parts)[0].to(queries.dtype)
         return out.reshape(batch, heads, tokens, out.shape[3])
 
-    def _bias(
-        self, mask: torch.Tensor | None, kv_heads: int, group: int, tokens: int
-    ) -> torch.Tensor | None:
-        """The mask as numbers to add, one row for each query that shares a KV head, or one."""
-        if mask is None:
-            return None
-        if mask.dtype == torch.bool:
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
-        if mask.shape[1] == kv_heads * group and group > 1:
-            return mask.float().reshape(mask.shape[0], kv_heads, group * tokens, -1)
-        if tokens > 1:
-            shape = (*mask.shape[:2], group, *mask.shape[2:])
-            mask = mask[:, :, None].expand(shape).flatten(2, 3)
-        return mask.float()
+    def _recent(self, which: int, old: int) -> torch.Tensor:
+        """Keys or values from token `old` on; some may be packed while their partners are not."""
+        body, tail = self.bodies[which], self.tails[which].view.float()
+        if body.tokens == old:
+            return tail
+        block = body.codec.block
+        some = body.span(old // block * block, body.tokens).unpack()
+        return torch.cat([some[:, :, old % block :], tail], 2)
 
     def nbytes(self) -> int:
-        """Bytes held: codes, scales, minima, and the residuals (spare room not counted)."""
-        full = sum(
-            t.view.numel() * t.view.element_size() for t in self.tails if t.buffer is not None
-        )
-        return full + sum(body.nbytes() for body in self.bodies)
+        """Bytes held: codes, scales, minima, and the recent part (spare room not counted)."""
+        return self.segment.nbytes() + sum(tail.nbytes() for tail in self.tails)
+
+    def tiers(self) -> dict[str, int]:
+        """See Store."""
+        told = {"device": sum(tail.nbytes() for tail in self.tails)}
+        told[self.tier.name] = told.get(self.tier.name, 0) + self.segment.nbytes()
+        return told
 
     def reserved_bytes(self) -> int:
         """Bytes really allocated: spare room and column numbers included."""
-        held = [t for t in (self._keys, self._values, self.columns) if t is not None]
-        full = sum(t.numel() * t.element_size() for t in held)
-        return full + sum(body.reserved_bytes() for body in self.bodies)
+        columns = 0 if self.columns is None else self.columns.numel() * self.columns.element_size()
+        return columns + sum(x.reserved_bytes() for x in (*self.bodies, *self.tails))
 
     def crop(self, tokens: int) -> None:
         """Take back the last `tokens`, of those that are still in full precision."""
@@ -268,10 +180,30 @@ class PackedStore(Store):
         if self._keys is None:
             return
         index = index.to(self._device)
-        for part in (*self.bodies, *self.tails):
-            part.rows(index)
+        for part in (self.segment, *self.tails):
+            part.select(index)
         self._keys, self._values = self.tails[0].buffer, self.tails[1].buffer
-        for name in ("columns", "_first"):
-            held = getattr(self, name)
-            if held is not None:
-                setattr(self, name, held.index_select(0, index))
+        self._rows(index)
+
+    def state(self) -> dict[str, Any]:
+        """See Store."""
+        told: dict[str, Any] = {"seen": self.seen, "held": self.held}
+        for name, body, tail in zip(("key", "value"), self.bodies, self.tails, strict=True):
+            if tail.buffer is not None:
+                told[f"{name}.tail"] = tail.view
+            if body.tokens:
+                told |= {f"{name}.part{i}": p for i, p in enumerate(body.packed.parts)}
+        return told | self._told()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """See Store."""
+        self.clear()
+        for name, body, tail in zip(("key", "value"), self.bodies, self.tails, strict=True):
+            parts = [state[f"{name}.part{i}"] for i in range(len(body.codec.per))
+                     if f"{name}.part{i}" in state]  # fmt: skip
+            if parts:
+                body.append(Packed(body.codec, tuple(parts)))
+            if f"{name}.tail" in state:
+                tail.append(state[f"{name}.tail"])
+        self._keys, self._values = self.tails[0].buffer, self.tails[1].buffer
+        self._know(state)

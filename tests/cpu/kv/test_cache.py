@@ -51,8 +51,9 @@ def test_evicted_tokens_are_gone_and_positions_stay():
     store.fill(keys, values, columns, None)
     assert store.held == 3
     assert store.seen == 10
-    assert store.nbytes() == 2 * 2 * 2 * 3 * 8 * 4
-    assert store.reserved_bytes() == 2 * 2 * 2 * (3 + ROOM) * 8 * 4 + 12 * 4
+    assert store.nbytes() == 2 * 11 * 8 * 4  # the empty slot takes none
+    # the eleven, room for 64 new tokens, and the columns of twelve slots
+    assert store.reserved_bytes() == 2 * (11 + 4 * 64) * 8 * 4 + 12 * 4
     assert torch.equal(store.keys[0, 1], keys[0, 1, [1, 2, 9]])
     assert torch.equal(store.values[1, 0, 1:], values[1, 0, [8, 9]])
     store.append(*tokens_of(2, seed=3))
