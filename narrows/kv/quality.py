@@ -7,18 +7,15 @@ reading; answers are then judged through each cache. Haystacks are given, or sam
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from narrows.core.errors import NarrowsError
-from narrows.kv._base import Policy, Prompt
+from narrows.kv._base import Policy
+from narrows.kv.reading import continued, prompts_read, questions_read, reading, through
 from narrows.measure.timing import Progress
-
-if TYPE_CHECKING:
-    import torch
 
 TOKENS = 2048
 """Length of the prompts that quality figures are taken at."""
@@ -40,7 +37,7 @@ def sampled_text(model: Any, tokens: int, seed: int = 0) -> np.ndarray:
     rng = torch.Generator().manual_seed(seed)
     new = torch.randint(1, model.config.vocab_size, (rows, 1), generator=rng)
     made: list[torch.Tensor] = []
-    with _reading(model):
+    with reading(model):
         cache = KVCache(model.config)
         for _ in range(256):
             logits = model(new, past_key_values=cache, use_cache=True).logits[:, -1].float()
@@ -130,41 +127,78 @@ def asked(
     count: int = 16,
     value_tokens: int = 2,
     seed: int = 0,
+    seen: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Share of right answers where all `count` pairs of a prompt are asked after it.
+    """Share of right answers where all `count` pairs of a prompt are asked; see answered.
 
-    Each question goes through a copy of the cache as the prompt left it, so `prompts` readings
-    give `prompts * count` answers. What votes with the question cannot know it here. Questions of
-    one prompt share its text: the interval (95 %, Wilson) takes them as independent, which they
-    are not quite. Returns a Share by candidate.
+    Questions of one prompt share its text: the interval (95 %, Wilson) takes them as independent,
+    which they are not quite. Returns a Share by candidate.
+    """
+    from narrows.models.recall_lm.evaluate import Share
+
+    told = answered(
+        model, tokenizer, policies, haystack, prompts, tokens, count, value_tokens, seed, seen,
+        progress,
+    )  # fmt: skip
+    return {name: Share.of(int(found.sum()), found.size) for name, found in told.items()}
+
+
+def answered(
+    model: Any,
+    tokenizer: Any,
+    policies: Mapping[str, Policy | None],
+    haystack: np.ndarray,
+    prompts: int = 128,
+    tokens: int = TOKENS,
+    count: int = 16,
+    value_tokens: int = 2,
+    seed: int = 0,
+    seen: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, np.ndarray]:
+    """Which answers are right, (prompts, count) bool by candidate: every pair of a prompt asked.
+
+    seen: whether the question ends the prompt, so that what votes with it knows it; otherwise the
+    cache is compressed before, and each question goes through a copy of it. The text is read once
+    for all its questions, so `prompts` readings give `prompts * count` answers.
     """
     import torch
 
     from narrows.kv.adapter import copied
     from narrows.models.recall_lm import tasks
-    from narrows.models.recall_lm.evaluate import Share
 
     alphabet, rng = tasks.Alphabet.of(tokenizer), np.random.default_rng(seed)
     batch = tasks.pairs(
         rng, alphabet, haystack, tokens, prompts * count, count, value_tokens, asked=count
     )
     ids, answers = (torch.from_numpy(x) for x in (batch.ids, batch.answers))
-    right_ones = dict.fromkeys(policies, 0)
-    with _reading(model, policies.values()):
+    cut = tokens - QUESTION
+    right_ones = {name: np.zeros((prompts, count), bool) for name in policies}
+    with reading(model, policies.values()):
         for at in range(0, prompts, ROWS):
             if progress:
                 progress(at / prompts, f"prompt {at} of {prompts}")
-            rows = torch.arange(at, min(at + ROWS, prompts)) * count
-            read = prompts_read(model, policies, ids[rows, : tokens - QUESTION])
-            for i in range(count):
+            end = min(at + ROWS, prompts)
+            rows = torch.arange(at, end) * count
+            text, every = ids[rows, :cut], range(count)
+            if seen:
+                told = questions_read(model, policies, text, (ids[rows + i, cut:] for i in every))
+            else:
+                read = prompts_read(model, policies, text)
+                told = ({n: (copied(c), None) for n, (c, _) in read.items()} for _ in every)
+            for i, caches in enumerate(told):
                 expected = answers[rows + i]
-                rest = torch.cat([ids[rows + i, tokens - QUESTION :], expected[:, :-1]], 1)
-                for name, (cache, _) in read.items():
-                    logits = continued(model, policies[name], copied(cache), rest)
+                rest = expected[:, :-1]
+                if not seen:
+                    rest = torch.cat([ids[rows + i, cut:], rest], 1)
+                for name, (cache, first) in caches.items():
+                    logits = continued(model, policies[name], cache, rest)
+                    if first is not None:
+                        logits = torch.cat([first, logits], 1)
                     said = logits[:, -expected.shape[1] :].argmax(-1)
-                    right_ones[name] += int((said == expected).all(1).sum())
-    return {name: Share.of(n, prompts * count) for name, n in right_ones.items()}
+                    right_ones[name][at:end, i] = (said == expected).all(1).numpy()
+    return right_ones
 
 
 def agreement(
@@ -206,10 +240,24 @@ def perplexity(
     windows: int = 128,
     progress: Progress | None = None,
 ) -> dict[str, float]:
-    """exp of the mean loss of `scored` tokens after a `context` that went through each cache.
+    """exp of the mean loss of tokens read through each cache; see losses."""
+    told = losses(model, policies, ids, context, scored, windows, progress)
+    return {name: float(np.exp(found.mean())) for name, found in told.items()}
+
+
+def losses(
+    model: Any,
+    policies: Mapping[str, Policy | None],
+    ids: np.ndarray,
+    context: int = TOKENS,
+    scored: int = 64,
+    windows: int = 128,
+    progress: Progress | None = None,
+) -> dict[str, np.ndarray]:
+    """Mean loss (nats) of `scored` tokens after a `context` that went through each cache.
 
     ids: text, int64; the windows are spread evenly over it. The first scored token is predicted
-    by prefill itself and does not count.
+    by prefill itself and does not count. Returns (windows,) by candidate, of the same windows.
     """
     import torch
     import torch.nn.functional as F
@@ -221,7 +269,7 @@ def perplexity(
         )
     starts = np.linspace(0, len(ids) - length, windows).astype(int)
     rows = torch.from_numpy(np.stack([ids[s : s + length] for s in starts]).astype(np.int64))
-    loss = dict.fromkeys(policies, 0.0)
+    found = {name: np.empty(windows) for name in policies}
     for at in range(0, windows, ROWS):
         if progress:
             progress(at / windows, f"window {at} of {windows}")
@@ -229,100 +277,6 @@ def perplexity(
         rest = some[:, context:-1]
         for name, logits in through(model, policies, some[:, :context], rest).items():
             given = logits[:, 1:].float().transpose(1, 2)
-            loss[name] += float(F.cross_entropy(given, some[:, context + 1 :], reduction="sum"))
-    return {name: float(np.exp(total / (windows * scored))) for name, total in loss.items()}
-
-
-def through(
-    model: Any, policies: Mapping[str, Policy | None], prompt: torch.Tensor, rest: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Logits after the prompt, and after each token of `rest` read through each cache.
-
-    prompt, rest: (rows, tokens) ids. Returns (rows, 1 + rest, vocabulary) by candidate.
-    """
-    import torch
-
-    with _reading(model, policies.values()):
-        read = prompts_read(model, policies, prompt)
-        return {
-            name: torch.cat([first, continued(model, policies[name], cache, rest)], 1)
-            for name, (cache, first) in read.items()
-        }
-
-
-def prompts_read(
-    model: Any, policies: Mapping[str, Policy | None], prompt: torch.Tensor
-) -> dict[str, tuple[Any, torch.Tensor]]:
-    """Each policy's cache after the prompt, and logits of its last token, (rows, 1, vocabulary).
-
-    Policies that let prefill be read entirely and choose at its end share one reading.
-    """
-    from narrows.kv.adapter import KVCache, stores
-    from narrows.kv.chunked import prefill
-
-    caches = {name: KVCache(model.config, policy) for name, policy in policies.items()}
-    made: dict[str, tuple[Any, torch.Tensor]] = {}
-    shared: dict[str, Policy | None] = {}
-    for name, policy in policies.items():
-        if policy is not None and policy.chunk:
-            told = prefill(model, prompt, caches[name], policy.chunk)
-            made[name] = caches[name], told.unsqueeze(1)
-        elif policy is not None and type(policy).attend_prompt is not Policy.attend_prompt:
-            told = model(prompt, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
-            made[name] = caches[name], told.logits
-        else:
-            shared[name] = policy
-    if shared:
-        every = _Every(shared, {name: stores(caches[name]) for name in shared})
-        whole = KVCache(model.config, every)
-        first = model(prompt, past_key_values=whole, use_cache=True, logits_to_keep=1).logits
-        made |= {name: (caches[name], first) for name in shared}
-    return {name: made[name] for name in policies}
-
-
-def continued(model: Any, policy: Policy | None, cache: Any, rest: torch.Tensor) -> torch.Tensor:
-    """Logits after each token of `rest` (rows, tokens), read through the cache."""
-    import torch
-
-    if not rest.shape[1]:
-        return torch.empty(len(rest), 0, model.config.vocab_size, dtype=model.dtype)
-    at_once = 1 if policy is not None and policy.stepwise else rest.shape[1]
-    made = [
-        model(part, past_key_values=cache, use_cache=True).logits for part in rest.split(at_once, 1)
-    ]
-    return torch.cat(made, 1)
-
-
-class _Every(Policy):
-    """Lets several policies choose from one prefill, each for a cache of its own."""
-
-    def __init__(self, policies: Mapping[str, Policy | None], stores: Mapping[str, Any]) -> None:
-        self.policies, self.stores = policies, stores
-
-    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
-        """Fill each policy's store of this layer; the prefilled cache itself is thrown away."""
-        for name, policy in self.policies.items():
-            columns = None if policy is None else policy.on_prefill_end(prompt)
-            self.stores[name][prompt.layer].fill(prompt.keys, prompt.values, columns, prompt.valid)
-        return None
-
-
-@contextmanager
-def _reading(model: Any, policies: Iterable[Policy | None] = ()) -> Iterator[None]:
-    """The model with the attention that reads our caches, without gradients."""
-    import torch
-
-    from narrows.kv.adapter import ATTENTION, hidden_states
-
-    before = model.config._attn_implementation
-    hooks = []
-    try:
-        model.set_attn_implementation(ATTENTION)
-        if any(policy is not None and policy.needs_hidden for policy in policies):
-            hooks = hidden_states(model)
-        with torch.inference_mode():
-            yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        model.set_attn_implementation(before)
+            each = F.cross_entropy(given, some[:, context + 1 :], reduction="none")
+            found[name][at : at + ROWS] = each.mean(1).numpy()
+    return found

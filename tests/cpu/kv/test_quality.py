@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from narrows.core.errors import NarrowsError
-from narrows.kv import quality
+from narrows.kv import quality, reading
+from narrows.kv._base import Policy, Prompt
 from narrows.kv.adapter import wrap
 from narrows.kv.baselines import RandomEviction, WindowOnly
 from narrows.kv.snapkv import SnapKV
@@ -19,6 +20,18 @@ from tests.cpu.kv.tiny import llama, prompt
 POLICIES = {
     "dense": None, "snapkv": SnapKV(50), "random": RandomEviction(50), "window": WindowOnly(50),
 }  # fmt: skip
+
+
+class Chunks(Policy):
+    """Another policy, after a prompt that is read in chunks."""
+
+    chunk = 64
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy = policy
+
+    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
+        return self.policy.on_prefill_end(prompt)
 
 
 @dataclass(frozen=True)
@@ -48,6 +61,23 @@ def test_one_reading_serves_every_candidate():
     torch.testing.assert_close(told["dense"], whole, rtol=1e-3, atol=1e-3)
     assert (told["snapkv"] - told["dense"]).abs().max() > 0.1
     assert (told["random"] - told["window"]).abs().max() > 0.1
+
+
+def test_questions_share_the_reading_of_their_text():
+    model, text, rest = llama(), prompt(3, 116), prompt(3, 3, seed=4)
+    policies = {**POLICIES, "chunked": Chunks(SnapKV(50))}
+    questions = [prompt(3, 4, seed=seed) for seed in (7, 8)]
+    with reading.reading(model):
+        for question, told in zip(
+            questions, reading.questions_read(model, policies, text, questions), strict=True
+        ):
+            whole = torch.cat([text, question], 1)
+            alone = reading.prompts_read(model, policies, whole)
+            for name, (cache, first) in told.items():
+                torch.testing.assert_close(first, alone[name][1], rtol=1e-3, atol=1e-3)
+                said = reading.continued(model, policies[name], cache, rest)
+                expected = reading.continued(model, policies[name], alone[name][0], rest)
+                torch.testing.assert_close(said, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("later", [False, True])
