@@ -18,6 +18,7 @@ from narrows.core.method import Applied, Change, Technique
 if TYPE_CHECKING:
     import torch
 
+    from narrows.core.case import Case
     from narrows.core.tensor import Number
     from narrows.kv.store_torch import Store
 
@@ -101,6 +102,14 @@ class KVTechnique(Technique, Policy):
     """A technique that is a policy on the shared substrate; wraps its model, undone on exit."""
 
     change = Change.WRAP
+
+    @classmethod
+    def ladder(cls, case: Case) -> tuple[Technique, ...]:
+        """Settings that a search tries, gentle to harsh; its variants where it says nothing else.
+
+        Settings scale with the prompt where they can: quality is judged on shorter ones.
+        """
+        return cls.variants(case)
 
     def apply(self, target: Any, state: Any = None) -> AbstractContextManager[Applied]:
         """`with technique.apply(model) as applied: applied.model.generate(...)`.

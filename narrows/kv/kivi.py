@@ -82,6 +82,12 @@ class KIVI(KVTechnique):
         """The default; and 4 bits, which hurt less."""
         return cls(), cls(key_bits=4, value_bits=4)
 
+    @classmethod
+    def ladder(cls, case: Case) -> tuple[KIVI, ...]:
+        """Fewer bits, of values before keys; a residual that does not outweigh what is packed."""
+        bits = (8, 8), (4, 4), (4, 2), (2, 2)
+        return tuple(cls(keys, values, residual_length=32) for keys, values in bits)
+
     def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
         """Nothing is dropped."""
         return None

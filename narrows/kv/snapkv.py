@@ -89,6 +89,11 @@ class SnapKV(KVTechnique):
             return (default,)
         return (default, cls(capacity=prompt // 8))
 
+    @classmethod
+    def ladder(cls, case: Case) -> tuple[SnapKV, ...]:
+        """Shares of any prompt, down to a sixteenth."""
+        return tuple(cls(ratio=ratio) for ratio in (0.1, 0.25, 0.5, 0.75, 0.875, 0.9375))
+
     def budget(self, tokens: Number) -> Number:
         """Tokens kept of prompts of so many tokens."""
         if self.ratio is None:
