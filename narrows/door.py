@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ def find(
         options.append(
             Option(
                 technique.key,
-                _changed(technique),
+                _given(technique),
                 before.seconds / after.seconds,
                 after.seconds,
                 technique.price,
@@ -205,18 +206,34 @@ def parameters(method: type[Any]) -> dict[str, inspect.Parameter]:
     return dict(list(inspect.signature(method.__init__).parameters.items())[1:])
 
 
-def _changed(technique: Technique) -> str:
-    """Settings that differ from the defaults, as `--with` takes them."""
+def _given(technique: Technique, whole: bool = False) -> str:
+    """Settings that differ from the defaults (or all), as `--with` takes them."""
     parts: list[str] = []
     for name, parameter in parameters(type(technique)).items():
         value = getattr(technique, name, parameter.default)
-        if value != parameter.default:
-            parts.append(f"{name}={value}")
+        if whole or value != parameter.default:
+            parts.append(f"{name}={_text(value)}")
     return ",".join(parts)
 
 
+def spelled(technique: Technique, whole: bool = False) -> str:
+    """A technique as `--with` takes it: KEY, KEY:name=value,... or two of these joined by +.
+
+    whole: with the settings that are the defaults, too.
+    """
+    from narrows.kv.stack import Stack
+
+    if isinstance(technique, Stack):
+        return f"{spelled(technique.choose, whole)}+{spelled(technique.code, whole)}"
+    settings = _given(technique, whole)
+    return f"{technique.key}:{settings}" if settings else technique.key
+
+
 def technique(text: str) -> Technique:
-    """`KEY` or `KEY:name=value,...` to a ready technique."""
+    """`KEY` or `KEY:name=value,...` to a ready technique; `A+B` to the stack of the two."""
+    parts = re.split(r"\+(?=\s*[a-z])", text)
+    if len(parts) > 1:
+        return _stacked(parts)
     key, _, rest = text.partition(":")
     entry = index.get(key)
     if entry.role != "technique":
@@ -244,7 +261,32 @@ def technique(text: str) -> Technique:
     return made
 
 
+def _stacked(texts: list[str]) -> Technique:
+    """Two cache techniques, of which the first chooses tokens and the second stores them."""
+    from narrows.kv._base import KVTechnique
+    from narrows.kv.stack import Stack
+
+    if len(texts) != 2:
+        raise NarrowsError(
+            f"a stack is of two techniques, CHOOSES+STORES, not of {len(texts)}: {'+'.join(texts)}"
+        )
+    parts = [technique(part.strip()) for part in texts]
+    for part in parts:
+        if not isinstance(part, KVTechnique):
+            raise NarrowsError(f"{part.key} is not a technique of caches, which stacks are made of")
+    return Stack(*parts)  # type: ignore[arg-type]
+
+
+def _text(value: Any) -> str:
+    """A setting as `_value` reads it; several values are joined by a slash."""
+    if isinstance(value, tuple):
+        return "/".join(_text(part) for part in value)
+    return "none" if value is None else str(value)
+
+
 def _value(text: str) -> Any:
+    if "/" in text:
+        return tuple(_value(part) for part in text.split("/"))
     for kind in (int, float):
         try:
             return kind(text)

@@ -12,11 +12,11 @@ from typing import Any
 
 import narrows
 from narrows.core.errors import NarrowsError
-from narrows.core.method import Applied, Technique
-from narrows.door import Progress, parameters, technique
+from narrows.core.method import Applied
+from narrows.door import Progress, spelled, technique
 from narrows.target import read_json, resolve
 
-FORMAT = 1
+FORMAT = 2
 RECORD = "narrows.json"
 MODEL_FILES = ("*.json", "*.safetensors", "tokenizer*", "*.model", "merges.txt", "vocab.*")
 
@@ -39,8 +39,8 @@ def save(model: str, key: str, folder: Path, progress: Progress | None = None) -
         raise NarrowsError(f"{folder} exists already; --save takes a new directory")
     folder.parent.mkdir(parents=True, exist_ok=True)
     record = {
-        "format": FORMAT, "model": target.name, "technique": chosen.key,
-        "parameters": settings(chosen), "narrows": narrows.__version__,
+        "format": FORMAT, "model": target.name, "technique": spelled(chosen, whole=True),
+        "narrows": narrows.__version__,
     }  # fmt: skip
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".narrows-") as holder:
         made = Path(holder) / "model"
@@ -60,11 +60,6 @@ def save(model: str, key: str, folder: Path, progress: Progress | None = None) -
             folder.rmdir()
         made.rename(folder)
     return record
-
-
-def settings(chosen: Technique) -> dict[str, Any]:
-    """The constructor's parameters as the technique holds them."""
-    return {name: getattr(chosen, name) for name in parameters(type(chosen))}
 
 
 def _try(model: Any) -> None:
@@ -87,8 +82,7 @@ def load(folder: str | Path, **options: Any) -> Iterator[Applied]:
     record = read_json(folder / RECORD)
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise NarrowsError(f"{folder / RECORD} is not of format {FORMAT}; save it again")
-    named = ",".join(f"{k}={'none' if v is None else v}" for k, v in record["parameters"].items())
-    chosen = technique(f"{record['technique']}:{named}")
+    chosen = technique(str(record.get("technique")))
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, **options).eval()

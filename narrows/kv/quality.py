@@ -27,19 +27,26 @@ ROWS = 8
 """Prompts read at a time."""
 
 
-def sampled_text(model: Any, tokens: int, seed: int = 0) -> np.ndarray:
-    """A haystack without a corpus: tokens sampled from the model at temperature 1, int64."""
+def sampled_text(
+    model: Any, tokens: int, seed: int = 0, length: int = 256, progress: Progress | None = None
+) -> np.ndarray:
+    """A haystack without a corpus: tokens sampled from the model at temperature 1, int64.
+
+    It is made of pieces of `length` tokens, one after the other.
+    """
     import torch
 
     from narrows.kv.adapter import KVCache
 
-    rows = -(-tokens // 256)
+    rows = -(-tokens // length)
     rng = torch.Generator().manual_seed(seed)
     new = torch.randint(1, model.config.vocab_size, (rows, 1), generator=rng)
     made: list[torch.Tensor] = []
     with reading(model):
         cache = KVCache(model.config)
-        for _ in range(256):
+        for i in range(length):
+            if progress and i % 16 == 0:
+                progress(i / length, f"writing text, token {i} of {length}")
             logits = model(new, past_key_values=cache, use_cache=True).logits[:, -1].float()
             new = torch.multinomial(logits.softmax(-1), 1, generator=rng)
             made.append(new)

@@ -97,6 +97,50 @@ class Proof:
         return not self.measured_gain.around_one
 
 
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One technique or stack of a search. name: as `--with` takes it.
+
+    bytes: of the cache, predicted. seconds: of a decode step, predicted; speed: tokens a second of
+    all requests. costs: shares of dense quality lost, by measure; empty where none was read.
+    verdict: within, outside, undecided, dense. thorough: whether the costs rest on the full
+    reading.
+    """
+
+    name: str
+    stacked: bool
+    bytes: float
+    seconds: float
+    speed: float
+    costs: Mapping[str, Interval]
+    verdict: str
+    thorough: bool = False
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A search of stacks within limits of quality.
+
+    limits: by measure, shares of dense quality. measures: what each means. candidates: the dense
+    cache first. best: name of what was chosen; single, stack: of the fastest within of each kind;
+    all empty where there is none. told: what came of it, in sentences. judged: by what.
+    """
+
+    limits: Mapping[str, float]
+    measures: Mapping[str, str]
+    candidates: tuple[Candidate, ...]
+    best: str = ""
+    single: str = ""
+    stack: str = ""
+    told: tuple[str, ...] = ()
+    judged: str = ""
+    error: float | None = None
+
+    def of(self, name: str) -> Candidate:
+        """A candidate by its name."""
+        return next(c for c in self.candidates if c.name == name)
+
+
 @dataclass(frozen=True)
 class Report:
     """A whole job: what limits this case, what would widen it, and the proof.
@@ -114,6 +158,7 @@ class Report:
     technique: str = ""
     after: Bound | None = None
     proof: Proof | None = None
+    frontier: Frontier | None = None
     notes: tuple[str, ...] = ()
     commands: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -1,0 +1,95 @@
+"""What there is to try: single techniques from gentle to harsh, pairs of them, and their price.
+
+The bound is the fast judge: it says what each holds and how fast it decodes, before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from narrows import index
+from narrows.core.bound import Bound, bound
+from narrows.core.case import Case
+from narrows.core.errors import NarrowsError
+from narrows.door import spelled
+from narrows.kv._base import KVTechnique
+from narrows.kv.stack import Stack
+
+
+@dataclass(frozen=True)
+class Priced:
+    """A candidate as the bound sees it. bytes: of the cache when all is generated.
+
+    seconds: of one decode step. tokens_per_second: of all requests together. error: p90 of the
+    prediction, None where nothing is calibrated. technique: None for the case as it is.
+    """
+
+    technique: KVTechnique | None
+    bound: Bound
+    bytes: float
+    seconds: float
+    tokens_per_second: float
+    error: float | None
+
+    @property
+    def name(self) -> str:
+        """As `--with` takes it."""
+        return "dense" if self.technique is None else spelled(self.technique)
+
+    @property
+    def stacked(self) -> bool:
+        """Whether it is more than one technique."""
+        return isinstance(self.technique, Stack)
+
+
+def priced(case: Case, technique: KVTechnique | None = None) -> Priced:
+    """What the bound says of a technique on a case that generates from a prompt."""
+    rewritten = case if technique is None else case.with_(technique)
+    found = bound(rewritten)
+    phase = found.phase("decode")
+    seconds = phase.seconds / phase.steps
+    batch = float(case.workload.facts["batch"])
+    held = float(rewritten.workload.bytes("kv"))
+    return Priced(technique, found, held, seconds, batch / seconds, phase.error)
+
+
+def singles(case: Case, config: Any) -> tuple[list[Priced], dict[str, str]]:
+    """Every registered cache technique at every step of its ladder; and why others are not here.
+
+    config: of the model that judges quality, which every candidate must be able to run. Those that
+    change nothing about the case are left out too.
+    """
+    found: list[Priced] = []
+    left: dict[str, str] = {}
+    for entry in index.built("technique"):
+        made = index.load(entry.key)
+        if not issubclass(made, KVTechnique):
+            continue
+        for technique in made.ladder(case):
+            assert isinstance(technique, KVTechnique), entry.key
+            try:
+                technique.store(config)
+                if case.with_(technique) is case:
+                    left[spelled(technique)] = technique.why(case)
+                    continue
+                found.append(priced(case, technique))
+            except NarrowsError as error:
+                left[spelled(technique)] = str(error)
+    return found, left
+
+
+def pairs(case: Case, config: Any, parts: Iterable[Priced]) -> list[Priced]:
+    """Every stack of two of these that can be built: one chooses tokens, the other stores them."""
+    techniques = [p.technique for p in parts if p.technique is not None and not p.stacked]
+    found: list[Priced] = []
+    for choose in techniques:
+        for code in techniques:
+            try:
+                stack = Stack(choose, code)
+                stack.store(config)
+                found.append(priced(case, stack))
+            except NarrowsError:
+                continue  # they do not go together: one of them is no such part
+    return found

@@ -1,0 +1,166 @@
+"""Relief within limits of quality: search stacks, apply the best, time it beside the others."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from narrows.core.bound import Bound
+from narrows.core.case import Case
+from narrows.core.errors import NarrowsError
+from narrows.kv._base import KVTechnique
+from narrows.relieve.judge import FULL, METRICS, Judge, limits
+from narrows.relieve.proof import loaded, part, prove
+from narrows.relieve.search import Found, Judged, search
+from narrows.relieve.stacks import Priced, priced
+from narrows.report import units
+from narrows.report.model import Candidate, Frontier, Proof
+from narrows.target import REFERENCE, Target, resolve
+
+if TYPE_CHECKING:
+    from narrows.measure.timing import Progress
+
+FEWER, FASTER = 2.0, 1.3
+"""What a stack should gain over the best single technique to be worth its two parts."""
+
+
+def relieved(
+    target: Target | None, case: Case, floor: Case, found: Bound, given: list[str],
+    text: Path | None, notes: list[str], progress: Progress | None,
+) -> tuple[Bound, Bound | None, Proof | None, Frontier, str]:  # fmt: skip
+    """Search, choose, and where the target can be run apply and time.
+
+    target: None where nothing is to be run. floor: the same load with next to no prompt, so that
+    what its decode takes is what no cache technique can save. given: limits as text. notes: are
+    added to. Returns the bound with what was measured, the bound of the chosen, the proof, the
+    frontier, and the key of what was applied.
+    """
+    within = limits(given)
+    if not float(case.workload.facts.get("generate", 0)):
+        raise NarrowsError("stacks of cache techniques speed decode up: give --generate 1 or more")
+    if progress:
+        progress(0.06, "loading the reference model")
+    reference = resolve(REFERENCE)
+    model, judge = _judge(reference, within, text, part(progress, 0.06, 0.15))
+    end = 0.8 if target is not None else 0.99
+    told = search(case, judge, model.config, within, part(progress, 0.15, end))
+    best = told.best
+    frontier = _frontier(told, case, priced(floor), judge)
+    notes.append(
+        "quality is that of the reference model, in prompts of 2,048 tokens; "
+        + ("perplexity is of text that it wrote itself" if judge.written else f"text: {text}")
+    )
+    if best is None:
+        return found, None, None, frontier, ""
+    after, technique = best.priced.bound, best.priced.technique
+    assert technique is not None
+    if target is None:
+        return found, after, None, frontier, technique.key
+    chosen = model if target.name == REFERENCE else loaded(target)
+    other = told.single if best is told.stack else told.stack
+    beside: dict[str, KVTechnique] = {}
+    if other is not None and other.priced.technique is not None:
+        beside[other.priced.name] = other.priced.technique
+    _, _, settings = best.priced.name.partition(":") if not best.priced.stacked else ("", "", "")
+    found, proof = prove(
+        chosen, case, found, after, technique, settings, notes, part(progress, 0.8, 0.99), beside
+    )
+    if best.priced.stacked:
+        proof = replace(proof, key=best.priced.name)
+    return found, after, proof, frontier, technique.key
+
+
+def _judge(
+    reference: Target, within: dict[str, float], text: Path | None, progress: Progress | None
+) -> tuple[Any, Judge]:
+    """The reference model, and the judge that reads with it."""
+    from transformers import AutoTokenizer
+
+    model = loaded(reference)
+    tokenizer = AutoTokenizer.from_pretrained(reference.path)
+    ids = None
+    if text is not None:
+        try:
+            written = text.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise NarrowsError(f"{text} cannot be read as text in UTF-8: {error}") from error
+        ids = np.asarray(tokenizer(written)["input_ids"], np.int64)
+    return model, Judge(model, tokenizer, within, ids, progress)
+
+
+def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
+    """What is drawn and said of a search."""
+    dense = Candidate(
+        "dense", False, told.dense.bytes, told.dense.seconds, told.dense.tokens_per_second, {},
+        "dense", True,
+    )  # fmt: skip
+
+    def named(found: Judged | None) -> str:
+        return "" if found is None else found.priced.name
+
+    candidates = (dense, *(_candidate(j) for j in told.judged))
+    return Frontier(
+        limits=told.limits,
+        measures={name: METRICS[name] for name in told.limits},
+        candidates=candidates,
+        best=named(told.best),
+        single=named(told.single),
+        stack=named(told.stack),
+        told=tuple(_sentences(told, floor)),
+        judged=f"{FULL.prompts * 16:,} answers and {FULL.windows * FULL.scored:,} tokens of text"
+        + (" that the model wrote" if judge.written else ""),
+        error=told.dense.error,
+    )
+
+
+def _candidate(judged: Judged) -> Candidate:
+    p = judged.priced
+    return Candidate(
+        p.name, p.stacked, p.bytes, p.seconds, p.tokens_per_second, judged.costs, judged.verdict,
+        judged.thorough,
+    )  # fmt: skip
+
+
+def _sentences(told: Found, floor: Priced) -> list[str]:
+    """What came of it: the choice, the stack beside the best single one, and why not more."""
+    asked = ", ".join(f"{n} {units.percent(v)}" for n, v in told.limits.items())
+    dense, single, stack, best = told.dense, told.single, told.stack, told.best
+    if best is None:
+        return [f"Nothing that was tried is shown to be within {asked} of the dense cache."]
+    chosen = best.priced
+    said = [
+        f"Within {asked} of the dense cache, {chosen.name} decodes fastest: "
+        f"{units.times(dense.seconds / chosen.seconds)} as fast as dense and "
+        f"{units.times(dense.bytes / chosen.bytes)} fewer bytes (predicted)."
+    ]
+    most = dense.seconds / floor.seconds
+    if single is None:
+        said.append("No single technique that was tried is shown to be within.")
+        return said
+    least = (
+        f"a step with next to nothing in its cache would take {units.seconds(floor.seconds)}, "
+        f"so no cache can decode more than {units.times(most)} as fast as the dense one"
+    )
+    if stack is None:
+        said.append(
+            f"No stack is shown to be within: beside {single.priced.name} alone, what the other "
+            f"part loses comes on top. {least[0].upper()}{least[1:]}."
+        )
+        return said
+    fewer = single.priced.bytes / stack.priced.bytes
+    faster = single.priced.seconds / stack.priced.seconds
+    said.append(
+        f"The best single technique within is {single.priced.name}; the stack "
+        f"{stack.priced.name} holds {units.times(fewer)} fewer bytes than it and decodes "
+        f"{units.times(faster)} as fast."
+    )
+    if fewer < FEWER or faster < FASTER:
+        room = single.priced.seconds / floor.seconds
+        said.append(
+            f"That is not {units.times(FEWER)} and {units.times(FASTER)}: {least}, and "
+            f"{units.times(room)} as fast as {single.priced.name}."
+        )
+    return said
