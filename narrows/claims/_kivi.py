@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from narrows.claims._snapkv import TASKS, reference, unseen
+from narrows.claims._snapkv import recalled_by, reference, unseen
 from narrows.kv._base import Policy, Prompt
 from narrows.kv.codec import Affine, Packed, unfold
 from narrows.kv.kivi import KIVI
@@ -213,14 +213,7 @@ def perplexities(outliers: bool, windows: int = 64) -> Mapping[str, float]:
 
 
 @cache
-def recalled(task: str, answers: int) -> Mapping[str, Any]:
+def recalled(task: str) -> Mapping[str, Any]:
     """Shares of right answers at 2,048 tokens, by candidate."""
-    from narrows.kv import quality
-    from narrows.models.recall_lm import tasks
-
-    model, tokenizer = reference()
-    alphabet, rng = tasks.Alphabet.of(tokenizer), np.random.default_rng(4)
-    count, size = TASKS[task]
-    batch = tasks.pairs(rng, alphabet, unseen(), 2048, answers, count, value_tokens=size)
     some = {n: c for n, c in candidates().items() if n in ("dense", "kivi", "4 bits")}
-    return quality.right(model, some, batch)
+    return recalled_by(some, task, 4)

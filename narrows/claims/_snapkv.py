@@ -11,7 +11,11 @@ import numpy as np
 from narrows.core.claim import Inconclusive
 from narrows.kv.snapkv import SnapKV
 
-ANSWERS = 1024
+NEEDLES, LATER = 512, 256
+"""Answers of one needle, one prompt each; the question at the end, or after compression."""
+
+PROMPTS = 128
+"""Prompts of 16 pairs, all of which are asked: 2,048 answers, a quarter of them later."""
 
 
 def by_definition(
@@ -99,12 +103,24 @@ TASKS = {"needle": (1, 3), "pairs": (16, 2), "long needle": (1, 6)}
 @cache
 def recalled(task: str, later: bool = False) -> Mapping[str, Any]:
     """Shares of right answers at 2,048 tokens, by candidate."""
+    return recalled_by(candidates(), task, 3, later)
+
+
+def recalled_by(
+    some: Mapping[str, Any], task: str, seed: int, later: bool = False
+) -> Mapping[str, Any]:
+    """Shares of right answers of any candidates; pairs share the reading of their text."""
     from narrows.kv import quality
     from narrows.models.recall_lm import tasks
 
     model, tokenizer = reference()
-    alphabet, rng = tasks.Alphabet.of(tokenizer), np.random.default_rng(3)
     count, size = TASKS[task]
-    answers = ANSWERS // 4 if later or task == "long needle" else ANSWERS
+    if count > 1:
+        return quality.asked(
+            model, tokenizer, some, unseen(), PROMPTS // 4 if later else PROMPTS, 2048, count, size,
+            seed, seen=not later,
+        )  # fmt: skip
+    alphabet, rng = tasks.Alphabet.of(tokenizer), np.random.default_rng(seed)
+    answers = LATER if later or task == "long needle" else NEEDLES
     batch = tasks.pairs(rng, alphabet, unseen(), 2048, answers, count, value_tokens=size)
-    return quality.right(model, candidates(), batch, asked_later=later)
+    return quality.right(model, some, batch, asked_later=later)

@@ -202,7 +202,7 @@ def needle_recall() -> Figure:
 @claim(
     expected=(0.95, 1.05), unit="of dense recall", how="measured", cost=400.0, source=CARD,
     needs=("torch", "data"), control="random eviction at equal bytes",
-    setting="recall-lm, one of 16 pairs (2-token values) in 2,048 tokens, 1/8 of the cache",
+    setting="recall-lm, 16 pairs (2-token values) in 2,048 tokens, each asked, 1/8 of the cache",
 )  # fmt: skip
 def pairs_recall() -> Figure:
     """As needle_recall, with 15 distractors."""
