@@ -1,15 +1,20 @@
-"""A decode step with SnapKV beside dense caches, predicted before it is measured.
+"""A decode step with cache techniques beside dense and packed ones, predicted, then measured.
 
-    python -m benchmarks.kv [--batch 8] [--prompt 8192] [--share 8] [--repeats 31] [--device cuda]
+    python -m benchmarks.kv [--with KEY[:name=value,...]]... [--batch 8] [--prompt 8192]
+                            [--repeats 31] [--device cuda]
 
-recall-lm in fp32 on this machine, or its GPU. `dense, in place` shares its attention with SnapKV
-and is the one to beat: transformers' DynamicCache copies the whole cache at every step, its
-StaticCache masks and repeats it. All take turns in one run.
+Techniques and stacks as `narrows apply` takes them; an eighth by SnapKV, KIVI, and the stack of
+the two where none are named. recall-lm in fp32 on this machine, or its GPU. `dense, in place`
+shares its attention with ours and is the one to beat: transformers' DynamicCache copies the whole
+cache at every step, its StaticCache masks and repeats it, its QuantizedCache (with the hqq package:
+pip install 'narrows[bench]') unpacks all of it. All take turns in one run.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
+from importlib.util import find_spec
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +22,9 @@ from narrows.measure.timing import Timings, interleave, passive_openmp
 
 passive_openmp()
 
-DENSE, OURS = "dense, in place", "snapkv"
+DENSE = "dense, in place"
+WORTH = 1.05
+"""Least predicted gain of which the share that was reached says anything."""
 
 
 def reference() -> tuple[Any, str]:
@@ -39,7 +46,7 @@ def reference() -> tuple[Any, str]:
 
 
 def predicted(
-    model: Any, batch: int, prompt: int, steps: int, technique: Any, machine: str
+    model: Any, batch: int, prompt: int, steps: int, techniques: Mapping[str, Any], machine: str
 ) -> tuple[dict[str, float], str]:
     """Seconds of a decode step by the bound on this machine, and how far to trust them."""
     import narrows
@@ -47,39 +54,56 @@ def predicted(
     from narrows.trace.llm import llm
 
     config = TransformerConfig.from_json(model.config.to_dict())
-    work = llm(config, prompt, steps, batch, dtype="fp32")
-    case = narrows.case(work, machine)
-    dense, ours = case.bound(), case.with_(technique).bound()
-    seconds = {DENSE: dense.phase("decode").seconds, OURS: ours.phase("decode").seconds}
-    return {name: s / steps for name, s in seconds.items()}, dense.trust
+    case = narrows.case(llm(config, prompt, steps, batch, dtype="fp32"), machine)
+    dense = case.bound()
+    bounds = {DENSE: dense} | {n: case.with_(t).bound() for n, t in techniques.items()}
+    return {n: b.phase("decode").seconds / steps for n, b in bounds.items()}, dense.trust
 
 
-def filled(model: Any, ids: Any, technique: Any, steps: int) -> tuple[dict[str, Any], dict]:
+def filled(
+    model: Any, ids: Any, techniques: Mapping[str, Any], steps: int
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Caches that hold the prompt, and seconds of prefill. Ours read it; the others are copies."""
     import torch
-    from transformers import DynamicCache, StaticCache
 
     from narrows.kv.adapter import ATTENTION, KVCache
 
     model.set_attn_implementation(ATTENTION)
-    caches: dict[str, Any] = {
-        DENSE: KVCache(model.config),
-        OURS: technique.cache(model.config),
-        "transformers DynamicCache": DynamicCache(config=model.config),
-        "transformers StaticCache": StaticCache(model.config, max_cache_len=ids.shape[1] + steps),
-    }
+    caches: dict[str, Any] = {DENSE: KVCache(model.config)}
+    caches |= {name: technique.cache(model.config) for name, technique in techniques.items()}
     prefill: dict[str, float] = {}
     with torch.inference_mode():
-        for name in (DENSE, OURS):
+        for name, cache in caches.items():
             begin = perf_counter()
-            model(ids, past_key_values=caches[name], use_cache=True, logits_to_keep=1)
+            model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             if ids.is_cuda:
                 torch.cuda.synchronize()
             prefill[name] = perf_counter() - begin
-        for name in list(caches)[2:]:
-            for i, layer in enumerate(caches[DENSE].layers):
-                caches[name].update(layer.keys, layer.values, i)
+        dense = caches[DENSE].layers
+        for name, cache in transformers_own(model, ids.shape[1] + steps).items():
+            caches[name] = cache
+            for i, layer in enumerate(dense):
+                cache.update(layer.keys, layer.values, i)
     return caches, prefill
+
+
+def transformers_own(model: Any, length: int) -> dict[str, Any]:
+    """Empty caches of transformers to compare with; what is not installed is said."""
+    from transformers import DynamicCache, QuantizedCache, StaticCache
+
+    found: dict[str, Any] = {
+        "DynamicCache": DynamicCache(config=model.config),
+        "StaticCache": StaticCache(model.config, max_cache_len=length),
+    }
+    if find_spec("hqq") is None:
+        print("QuantizedCache is left out: hqq is not installed (pip install 'narrows[bench]')")
+    else:
+        # keys by channel, values by token, as KIVI has them; its defaults have both by token
+        found["QuantizedCache hqq"] = QuantizedCache(
+            "hqq", model.config, nbits=2, axis_key=0, axis_value=1, q_group_size=32,
+            residual_length=128,
+        )  # fmt: skip
+    return found
 
 
 def measured(model: Any, ids: Any, caches: dict[str, Any], repeats: int, device: str) -> Timings:
@@ -96,53 +120,60 @@ def measured(model: Any, ids: Any, caches: dict[str, Any], repeats: int, device:
         return interleave(steps, repeats, device=device)
 
 
-def held(cache: Any) -> int:
-    """Bytes of keys and values that a cache holds."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+def held(cache: Any) -> float | None:
+    """Megabytes of keys and values that a cache holds; None where it does not tell."""
+    from narrows.kv.adapter import nbytes, stores
+
+    if stores(cache):
+        return nbytes(cache) / 1e6
+    if any(hasattr(layer, "_quantized_keys") for layer in cache.layers):
+        return None
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 1e6
 
 
 def main() -> None:
     """Predict, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--with", dest="techniques", action="append", metavar="KEY")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=8192)
-    parser.add_argument("--share", type=int, default=8, help="keep one in so many tokens")
     parser.add_argument("--repeats", type=int, default=31)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     import torch
 
-    from narrows.kv.snapkv import SnapKV
+    from narrows.door import technique
 
-    technique = SnapKV(capacity=options.prompt // options.share)
+    eighth = f"snapkv:capacity={options.prompt // 8}"
+    named = options.techniques or [eighth, "kivi", f"{eighth}+kivi"]
+    techniques = {text: technique(text) for text in named}
     model, what = reference()
     model = model.to(options.device)
     machine = "here" if options.device == "cpu" else "here-gpu"
     steps = options.repeats + 8
+    told, trust = predicted(model, options.batch, options.prompt, steps, techniques, machine)
     print(f"{what}, fp32, {options.batch} x {options.prompt} tokens, "
-          f"{technique.capacity} kept, {torch.get_num_threads()} threads")  # fmt: skip
-    told, trust = predicted(model, options.batch, options.prompt, steps, technique, machine)
-    hoped = told[DENSE] / told[OURS]
-    print(f"predicted: dense {told[DENSE] * 1e3:.2f} ms, snapkv {told[OURS] * 1e3:.2f} ms a step, "
-          f"{hoped:.2f}x ({trust})")  # fmt: skip
+          f"{torch.get_num_threads()} threads; predictions: {trust}", flush=True)  # fmt: skip
     ids = torch.randint(3, 1024, (options.batch, options.prompt), device=options.device)
-    caches, prefill = filled(model, ids, technique, steps)
-    print(f"prefill: dense {prefill[DENSE]:.1f} s, snapkv {prefill[OURS]:.1f} s (once each)")
+    caches, prefill = filled(model, ids, techniques, steps)
+    print("prefill, once each: " + ", ".join(f"{n} {s:.1f} s" for n, s in prefill.items()))
     timings = measured(model, ids, caches, options.repeats, options.device)
-    print(f"{'':28}{'ms a step':>10}{'spread':>8}{'dense over it':>22}{'cache MB':>10}")
+    wide = max(map(len, caches))
+    print(f"{'':{wide}}{'ms a step':>11}{'spread':>8}{'times as fast as dense':>24}"
+          f"{'predicted':>11}{'of the gain':>13}{'cache MB':>10}")  # fmt: skip
     for name, cache in caches.items():
         ratio = timings.speedup(name, over=DENSE)
+        hoped = told[DENSE] / told[name] if name in told else 0.0
+        reached = f"{(ratio.median - 1) / (hoped - 1):.0%}" if hoped > WORTH else ""
+        megabytes = held(cache)
         print(
-            f"{name:28}{timings[name].median * 1e3:10.2f}{timings[name].spread:8.0%}"
-            f"{ratio.median:10.2f} [{ratio.low:.2f}, {ratio.high:.2f}]{held(cache) / 1e6:10.1f}"
+            f"{name:{wide}}{timings[name].median * 1e3:11.2f}{timings[name].spread:8.0%}"
+            f"{ratio.median:10.2f} [{ratio.low:.2f}, {ratio.high:.2f}]"
+            f"{f'{hoped:.2f}' if hoped else '':>11}{reached:>13}"
+            f"{'' if megabytes is None else f'{megabytes:.1f}':>10}"
+            + ("" if ratio.quiet or name == DENSE else "  noisy")
         )
-    got = timings.speedup(OURS, over=DENSE)
-    print(
-        f"measured over predicted: dense {timings[DENSE].median / told[DENSE]:.2f}, "
-        f"snapkv {timings[OURS].median / told[OURS]:.2f}, speed-up {got.median / hoped:.2f}"
-    )
-    noise = "" if got.quiet else f" (noisy: ratios spread {got.spread:.0%})"
-    print(f"reached {(got.median - 1) / (hoped - 1):.0%} of the predicted gain{noise}")
+    print(f"dense: measured over predicted {timings[DENSE].median / told[DENSE]:.2f}")
 
 
 if __name__ == "__main__":
