@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,8 +59,8 @@ def equal_blocks(bits: int, size: int, axis: str, count: int = 64) -> tuple[int,
     """Numbers (mantissas, exponents, values) that are those of the definition, and of how many."""
     blocks = awkward(count, size)
     x = torch.from_numpy(blocks)
-    if axis == "token":  # a token is two blocks
-        given = x.reshape(1, 1, count // 2, 2 * size)
+    if axis == "token":  # a token is four blocks
+        given = x.reshape(1, 1, count // 4, 4 * size)
     else:  # blocks of tokens of eight channels
         given = x.reshape(count // 8, 8, size).transpose(1, 2).reshape(1, 1, -1, 8)
     codec = BlockFloat(bits, axis, size)
