@@ -128,15 +128,31 @@ def pattern(seed: int, tokens: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
     return flat, rotated(keys)
 
 
+def large_channels() -> torch.Tensor:
+    """Which channels model_with_outliers made larger, (SIZE,) bool."""
+    made = torch.zeros(SIZE, dtype=torch.bool)
+    half = torch.tensor([2, 9, 17, 30])
+    made[half] = made[half + SIZE // 2] = True
+    return made
+
+
+def errors(keys: torch.Tensor, block: int, order: Order | None, bits: int = 4) -> torch.Tensor:
+    """Squared errors of keys as they come back, summed over tokens: (kv_heads, channels) fp64."""
+    codec = BlockFloat(bits, "token", block, order)
+    return (codec.pack(keys).unpack() - keys.float()).double().square().sum((0, 2))
+
+
 def energy(keys: torch.Tensor, block: int, order: Order | None, bits: int = 4) -> float:
     """Sum of squared errors of keys as they come back."""
-    codec = BlockFloat(bits, "token", block, order)
-    return float((codec.pack(keys).unpack() - keys.float()).double().square().sum())
+    return float(errors(keys, block, order, bits).sum())
 
 
 @cache
-def key_energies(block: int) -> Mapping[str, float]:
-    """Errors of the reference model's keys with large channels, by order; unseen text."""
+def key_errors(block: int) -> Mapping[str, torch.Tensor]:
+    """`errors` of the reference model's keys with large channels, by order; unseen text.
+
+    (layers, kv_heads, channels). Keys are of order 1 to 50, unlike from layer to layer.
+    """
     from narrows.kv.adapter import KVCache, stores
     from narrows.kv.reading import reading
 
@@ -147,16 +163,15 @@ def key_energies(block: int) -> Mapping[str, float]:
     held = KVCache(model.config)
     with reading(model):
         model(ids, past_key_values=held, use_cache=True, logits_to_keep=1)
-    told = dict.fromkeys(("sorted", "as they come", "shuffled"), 0.0)
+    told: dict[str, list[torch.Tensor]] = {"sorted": [], "as they come": [], "shuffled": []}
     orders = _ksort.key_orders(model)
     for layer, store in enumerate(stores(held)):
         keys = store.keys
         assert keys is not None
-        told["sorted"] += energy(keys, block, orders[layer])
-        told["as they come"] += energy(keys, block, None)
-        shuffled = some_order(keys.shape[1], layer)
-        told["shuffled"] += energy(keys, block, shuffled)
-    return told
+        told["sorted"].append(errors(keys, block, orders[layer]))
+        told["as they come"].append(errors(keys, block, None))
+        told["shuffled"].append(errors(keys, block, some_order(keys.shape[1], layer)))
+    return {name: torch.stack(each) for name, each in told.items()}
 
 
 @cache

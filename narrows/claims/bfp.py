@@ -14,7 +14,8 @@ from narrows.claims._bfp import (
     SIZE,
     energy,
     equal_blocks,
-    key_energies,
+    key_errors,
+    large_channels,
     pattern,
     perplexities,
     some_order,
@@ -173,12 +174,26 @@ def sorting_beats_leaving_be() -> Figure:
     control="shuffled channels lose no less than channels as they come (details)",
 )  # fmt: skip
 def energy_of_key_errors() -> Figure:
-    """Sorted over unsorted; details give n = 16 and shuffled channels."""
-    told = {n: key_energies(n) for n in (32, 16)}
-    ratio = {n: t["sorted"] / t["as they come"] for n, t in told.items()}
-    details: dict[str, float | str] = {"n = 16": ratio[16]}
-    details |= {f"shuffled, n = {n}": t["shuffled"] / t["as they come"] for n, t in told.items()}
-    return Figure(ratio[32], details=details)
+    """Sorted over unsorted; details: n = 16, shuffled, and large channels apart from the others."""
+    details: dict[str, float | str] = {}
+    for n in (32, 16):
+        told = key_errors(n)
+        plain = told["as they come"]
+        large = large_channels()
+        for name in ("sorted", "shuffled"):
+            found = told[name]
+            details |= {
+                f"{name}, n = {n}": float(found.sum() / plain.sum()),
+                f"{name}, n = {n}: large channels": float(
+                    found[..., large].sum() / plain[..., large].sum()
+                ),
+                f"{name}, n = {n}: others": float(
+                    found[..., ~large].sum() / plain[..., ~large].sum()
+                ),
+            }
+        layers = (told["sorted"].sum((1, 2)) / plain.sum((1, 2))).tolist()
+        details[f"sorted, n = {n}, by layer"] = " ".join(f"{x:.2f}" for x in layers)
+    return Figure(float(details["sorted, n = 32"]), details=details)
 
 
 def _increase(name: str) -> float:

@@ -33,8 +33,8 @@ def key_orders(model: Any) -> dict[int, Order]:
     found: dict[int, Order] = {}
     for module in model.modules():
         if hasattr(module, "layer_idx") and hasattr(module, "k_proj"):
-            keys = module.k_proj
-            weight = getattr(keys, "weight", None)
+            keys: Any = module.k_proj
+            weight: Any = getattr(keys, "weight", None)
             if not isinstance(weight, torch.Tensor) or not weight.is_floating_point():
                 raise NarrowsError(
                     f"the key projection of layer {module.layer_idx} is a {type(keys).__name__}, "
