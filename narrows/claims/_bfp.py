@@ -151,7 +151,7 @@ def energy(keys: torch.Tensor, block: int, order: Order | None, bits: int = 4) -
 def key_errors(block: int) -> Mapping[str, torch.Tensor]:
     """`errors` of the reference model's keys with large channels, by order; unseen text.
 
-    (layers, kv_heads, channels). Keys are of order 1 to 50, unlike from layer to layer.
+    (layers, kv_heads, channels).
     """
     from narrows.kv.adapter import KVCache, stores
     from narrows.kv.reading import reading

@@ -13,8 +13,9 @@ were. Positions rotate channels in pairs with a frequency each, so the order is 
 them, by one gather of new keys and one of queries, pairs side by side.
 
 It hurts where no key channel is larger than the others (the order changes nothing), where a block
-is a whole head (it cannot), where outliers are of tokens and not of channels, and wherever decode
-is not limited by the cache: unpacking costs operations, and here, in torch, more than it saves.
+is a whole head (it cannot) or half of one (channels next in size join the largest: sorting may
+lose more than it spares), where the rows of W_k do not tell which channels are large, and wherever
+decode is not limited by the cache: unpacking costs operations, in torch more than it saves.
 """
 
 from __future__ import annotations
