@@ -15,7 +15,7 @@ from functools import cache
 import torch
 
 from narrows.core.errors import NarrowsError
-from narrows.kv.codec import AXES, Codec, Packed, fold, unfold
+from narrows.kv.codec import AXES, Codec, Packed, fold
 
 MANTISSAS = (2, 4, 8)
 """Bits of a mantissa, sign included, that fill bytes."""
@@ -120,12 +120,14 @@ class BlockFloat(Codec):
     def _as_blocked(self, packed: Packed) -> torch.Tensor:
         """What the codes stand for, channels in the order they are blocked."""
         folded, stored = packed.parts
-        codes = unfold(folded, self.mantissa)
         spare = 8 - self.mantissa
-        whole = (codes << spare).view(torch.int8) >> spare  # the sign comes down with the shift
-        blocked, dim = self._blocked(whole.float())
-        step = _power(stored.int() - BIAS - self.mantissa + 2)
-        return blocked.mul_(step.unsqueeze(dim)).reshape(codes.shape)
+        # mantissas in the upper bits of a byte are signed numbers already, 2^spare too large
+        upper = 256 - 2**spare
+        planes = [(folded << up) & upper for up in range(spare, -1, -self.mantissa)]
+        whole = torch.cat(planes, -1).view(torch.int8).float()
+        blocked, dim = self._blocked(whole)
+        step = _power(stored.int() - BIAS - self.mantissa + 2 - spare)
+        return blocked.mul_(step.unsqueeze(dim)).reshape(whole.shape)
 
     def _ordered(self, x: torch.Tensor) -> torch.Tensor:
         if self.order is None:
