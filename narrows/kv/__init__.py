@@ -22,4 +22,5 @@ _coded.py         in_full, coded          a coded cache as a workload sees it
 One system a file, beside its own siblings:
 snapkv.py         SnapKV                  keeps the prompt tokens the last queries look at
 kivi.py           KIVI                    keys and values in 2 bits, recent ones in full
+bfp.py            BFP                     blocks that share an exponent, key channels sorted
 """
