@@ -251,19 +251,29 @@ def apply(model: str, key: str, save: Path, as_json: bool) -> None:
 @main.command()
 @click.argument("model", default="reference")
 @click.option("--machine", default="here", help="Catalogue name, TOML file, or here.")
-@click.option("--prompt", default=4096, show_default=True, help="Tokens of a prompt.")
+@click.option("--prompt", default=None, type=int,
+              help="Tokens of a prompt.  [default: 4096; 8192 with --within]")  # fmt: skip
 @click.option("--generate", default=128, show_default=True, help="Tokens generated.")
-@click.option("--batch", default=4, show_default=True, help="Requests at a time.")
+@click.option("--batch", default=None, type=int,
+              help="Requests at a time.  [default: 4; 8 with --within]")  # fmt: skip
+@click.option("--within", multiple=True, metavar="METRIC=SHARE",
+              help="Search stacks losing at most this: ppl=1%, recall=1%, later=1%.")  # fmt: skip
+@click.option("--text", "read", default=None, type=click.Path(path_type=Path), metavar="FILE",
+              help="Text to judge perplexity by; else the model writes its own.")  # fmt: skip
 @click.option("--report", default="report.html", show_default=True, type=click.Path(path_type=Path))
 @as_json
 def relieve(
-    model: str, machine: str, prompt: int, generate: int, batch: int, report: Path, as_json: bool
-) -> None:
+    model: str, machine: str, prompt: int | None, generate: int, batch: int | None,
+    within: tuple[str, ...], read: Path | None, report: Path, as_json: bool,
+) -> None:  # fmt: skip
     """The whole job: measure, bound, find, apply the best, prove it, write a report."""
     from narrows.relieve import relieve as job
 
     with progress_bar(as_json) as progress:
-        told = job(model, machine, prompt=prompt, generate=generate, batch=batch, progress=progress)
+        told = job(
+            model, machine, prompt=prompt, generate=generate, batch=batch, within=within,
+            text=read, progress=progress,
+        )  # fmt: skip
     from narrows.report import html, text
 
     html.write(told, report)
