@@ -70,7 +70,9 @@ def filled(
 
     model.set_attn_implementation(ATTENTION)
     caches: dict[str, Any] = {DENSE: KVCache(model.config)}
-    caches |= {name: technique.cache(model.config) for name, technique in techniques.items()}
+    caches |= {
+        name: technique.of(model).cache(model.config) for name, technique in techniques.items()
+    }
     prefill: dict[str, float] = {}
     with torch.inference_mode():
         for name, cache in caches.items():

@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from narrows.core.method import Applied, Change, Technique
 
@@ -111,22 +111,32 @@ class KVTechnique(Technique, Policy):
         """
         return cls.variants(case)
 
+    def of(self, model: Any, state: Any = None) -> Self:
+        """This technique with what it needs of a model: what it reads from the weights, what was
+        trained for them. Itself where it needs nothing.
+
+        model: a transformers decoder-only model. state: what a fit gave; None: what is shipped
+        for this model, if anything is. Raises NarrowsError where neither is there.
+        """
+        return self
+
     def apply(self, target: Any, state: Any = None) -> AbstractContextManager[Applied]:
         """`with technique.apply(model) as applied: applied.model.generate(...)`.
 
         target: a transformers decoder-only model. Inside the context every cache that `generate`
         or a hand-written loop starts with (none, or an empty DynamicCache) follows the policy;
-        `applied.cache` is the latest one.
+        `applied.cache` is the latest one. state: see `of`.
         """
-        from narrows.kv.adapter import wrap
+        from narrows.kv.adapter import known, wrap
 
-        return wrap(target, self)
+        return wrap(target, self.of(known(target), state))
 
     def cache(self, config: Any) -> Any:
         """A cache to pass as `past_key_values` yourself.
 
         config: of the model, which must run the attention that reads it:
-        `model.set_attn_implementation(narrows.kv.adapter.ATTENTION)` or load it so.
+        `model.set_attn_implementation(narrows.kv.adapter.ATTENTION)` or load it so. A technique
+        that needs something of its model is asked `of(model)` for it first.
         """
         from narrows.kv.adapter import KVCache
 

@@ -411,13 +411,19 @@ class AppliedCache:
         return nbytes(self.cache)
 
 
-@contextmanager
-def wrap(model: Any, policy: Policy) -> Iterator[AppliedCache]:
-    """A transformers model whose caches follow a policy; undone on exit, whatever happened."""
+def known(model: Any) -> PreTrainedModel:
+    """The model, which is a transformers one; NarrowsError otherwise."""
     if not isinstance(model, PreTrainedModel):
         raise NarrowsError(
             f"a transformers model is needed to change its cache, not a {type(model).__name__}"
         )
+    return model
+
+
+@contextmanager
+def wrap(model: Any, policy: Policy) -> Iterator[AppliedCache]:
+    """A transformers model whose caches follow a policy; undone on exit, whatever happened."""
+    known(model)
     if any(isinstance(hook, Supply) for hook in model._forward_pre_hooks.values()):
         raise NarrowsError("a cache technique is at work on this model already; leave it first")
     layers_for(model.config, policy)

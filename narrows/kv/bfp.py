@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ import numpy as np
 
 from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
-from narrows.core.method import Applied, Price
+from narrows.core.method import Price
 from narrows.kv._base import KVTechnique, Prompt
 from narrows.kv._coded import PARTS, coded, in_full
 
@@ -51,8 +50,7 @@ class BFP(KVTechnique):
 
     key_mantissa, value_mantissa: bits, sign included. block: channels of a key, or tokens of a
     value, that share an exponent; divides head_dim. sort: whether channels of keys are put in the
-    order of their weights' norms, which `apply` reads from its model; without `apply` (a stack, a
-    cache of your own) `of(model)` does.
+    order of their weights' norms, which `of` reads from the model.
     """
 
     key = "bfp"
@@ -93,23 +91,16 @@ class BFP(KVTechnique):
         """Smaller mantissas, of values before keys. Unsorted: a search has no weights to read."""
         return tuple(cls(k, v, sort=False) for k, v in ((8, 8), (8, 4), (4, 4)))
 
-    def of(self, model: Any) -> BFP:
-        """The same with the order of a model's key channels, which are its own."""
+    def of(self, model: Any, state: Mapping[int, Order] | None = None) -> BFP:
+        """With the order of the model's key channels. state: another order, by layer."""
         if not self.sort:
             return self
         from narrows.kv import _ksort
 
         made = copy(self)
-        made._orders = _ksort.key_orders(model)
+        made._orders = _ksort.key_orders(model) if state is None else state
         made.order = hashlib.sha256(repr(sorted(made._orders.items())).encode()).hexdigest()[:16]
         return made
-
-    def apply(self, target: Any, state: Any = None) -> AbstractContextManager[Applied]:
-        """See KVTechnique; the order of channels is read from the target's weights."""
-        from transformers import PreTrainedModel
-
-        sorts = self._orders is None and isinstance(target, PreTrainedModel)
-        return KVTechnique.apply(self.of(target) if sorts else self, target, state)
 
     def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
         """Nothing is dropped."""

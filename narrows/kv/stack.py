@@ -6,6 +6,7 @@ their errors add up or hide each other is measured, never assumed.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from narrows.core.case import Case
@@ -56,6 +57,11 @@ class Stack(KVTechnique):
     def variants(cls, case: Case) -> tuple[Stack, ...]:
         """None by itself: stacks are searched for by `relieve`."""
         return ()
+
+    def of(self, model: Any, state: Mapping[str, Any] | None = None) -> Stack:
+        """Both parts with what they need of a model. state: what their fits gave, by key."""
+        choose, code = (p.of(model, (state or {}).get(p.key)) for p in (self.choose, self.code))
+        return Stack(choose, code, self.tier)
 
     def store(self, config: Any, layer: int = 0) -> Store:
         """The coding technique's store, in the tier."""

@@ -20,7 +20,7 @@ import numpy as np
 
 from narrows.core.errors import NarrowsError, unknown
 from narrows.kv import quality
-from narrows.kv._base import Policy
+from narrows.kv._base import KVTechnique, Policy
 from narrows.measure.timing import Progress
 from narrows.report.model import Interval
 
@@ -94,10 +94,14 @@ class Judge:
         self.text = text
 
     def costs(
-        self, candidates: Mapping[str, Policy], effort: Effort, progress: Progress | None = None
+        self,
+        candidates: Mapping[str, KVTechnique],
+        effort: Effort,
+        progress: Progress | None = None,
     ) -> dict[str, dict[str, Interval]]:
         """By candidate and metric: the share of dense quality that is lost, with 95 % intervals."""
-        policies: dict[str, Policy | None] = {"dense": None, **candidates}
+        ready = {name: technique.of(self.model) for name, technique in candidates.items()}
+        policies: dict[str, Policy | None] = {"dense": None, **ready}
         told: dict[str, dict[str, Interval]] = {name: {} for name in candidates}
         for i, metric in enumerate(self.metrics):
 

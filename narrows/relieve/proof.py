@@ -62,9 +62,12 @@ def prove(
     model.set_attn_implementation(ATTENTION)
     facts = case.workload.facts
     ids = prompts(model.config.vocab_size, int(facts["batch"]), int(facts["prompt"]))
-    caches = {"dense": KVCache(model.config), technique.key: technique.cache(model.config)}
+    caches = {
+        "dense": KVCache(model.config),
+        technique.key: technique.of(model).cache(model.config),
+    }
     others = beside or {}
-    caches |= {name: other.cache(model.config) for name, other in others.items()}
+    caches |= {name: other.of(model).cache(model.config) for name, other in others.items()}
     try:
         ran = time_generation(model, ids, caches, progress=progress)
     finally:
@@ -123,6 +126,7 @@ def with_recall(
 
     share = float(technique.budget(prompt)) / prompt
     kept = round(share * quality.TOKENS)
+    technique = technique.of(model)
     policies = {"dense": None, technique.key: technique.at(share) if share < 1 else technique}
     spent = {"random": baselines.RandomEviction, "window only": baselines.WindowOnly}
     simpler = {name: made(kept) for name, made in spent.items()} if share < 1 else {}

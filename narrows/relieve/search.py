@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from narrows.core.case import Case
 from narrows.measure.timing import Progress
@@ -63,17 +62,15 @@ class Found:
 def search(
     case: Case,
     judge: Judge,
-    config: Any,
     limits: Mapping[str, float],
     progress: Progress | None = None,
     efforts: tuple[Effort, Effort] = (SCREEN, FULL),
 ) -> Found:
     """Search stacks of codec, policy and settings for a case that generates from a prompt.
 
-    config: of the model that judges. limits: by metric of judge.METRICS, fractions. efforts: what
-    is read to screen, and to judge.
+    limits: by metric of judge.METRICS, fractions. efforts: what is read to screen, and to judge.
     """
-    alone, left = singles(case, config)
+    alone, left = singles(case, judge.model)
     told: dict[str, Judged] = {}
 
     def read(some: Iterable[Priced], thorough: bool, at: Progress | None) -> list[Judged]:
@@ -90,7 +87,7 @@ def search(
     passed = [
         j.priced for j in read(alone, False, part(progress, 0.0, 0.25)) if j.verdict != "outside"
     ]
-    stacked = pairs(case, config, passed)
+    stacked = pairs(case, judge.model, passed)
     hopeful = [
         j.priced for j in read(stacked, False, part(progress, 0.25, 0.5)) if j.verdict != "outside"
     ]

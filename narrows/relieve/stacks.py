@@ -55,11 +55,11 @@ def priced(case: Case, technique: KVTechnique | None = None) -> Priced:
     return Priced(technique, found, held, seconds, batch / seconds, phase.error)
 
 
-def singles(case: Case, config: Any) -> tuple[list[Priced], dict[str, str]]:
+def singles(case: Case, model: Any) -> tuple[list[Priced], dict[str, str]]:
     """Every registered cache technique at every step of its ladder; and why others are not here.
 
-    config: of the model that judges quality, which every candidate must be able to run. Those that
-    change nothing about the case are left out too.
+    model: that judges quality, on which every candidate must be able to run. Those that change
+    nothing about the case are left out too.
     """
     found: list[Priced] = []
     left: dict[str, str] = {}
@@ -70,7 +70,7 @@ def singles(case: Case, config: Any) -> tuple[list[Priced], dict[str, str]]:
         for technique in made.ladder(case):
             assert isinstance(technique, KVTechnique), entry.key
             try:
-                technique.store(config)
+                technique.of(model).store(model.config)
                 if case.with_(technique) is case:
                     left[spelled(technique)] = technique.why(case)
                     continue
@@ -80,7 +80,7 @@ def singles(case: Case, config: Any) -> tuple[list[Priced], dict[str, str]]:
     return found, left
 
 
-def pairs(case: Case, config: Any, parts: Iterable[Priced]) -> list[Priced]:
+def pairs(case: Case, model: Any, parts: Iterable[Priced]) -> list[Priced]:
     """Every stack of two of these that can be built: one chooses tokens, the other stores them."""
     techniques = [p.technique for p in parts if p.technique is not None and not p.stacked]
     found: list[Priced] = []
@@ -88,7 +88,7 @@ def pairs(case: Case, config: Any, parts: Iterable[Priced]) -> list[Priced]:
         for code in techniques:
             try:
                 stack = Stack(choose, code)
-                stack.store(config)
+                stack.of(model).store(model.config)
                 found.append(priced(case, stack))
             except NarrowsError:
                 continue  # they do not go together: one of them is no such part

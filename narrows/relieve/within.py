@@ -46,7 +46,7 @@ def relieved(
     reference = resolve(REFERENCE)
     model, judge = _judge(reference, within, text, part(progress, 0.06, 0.15))
     end = 0.8 if target is not None else 0.99
-    told = search(case, judge, model.config, within, part(progress, 0.15, end))
+    told = search(case, judge, within, part(progress, 0.15, end))
     best = told.best
     frontier = _frontier(told, case, priced(floor), judge)
     notes.append(

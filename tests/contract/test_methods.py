@@ -68,7 +68,9 @@ def test_cheap_claims_hold(key: str):
     assert cheap, f"{key} has no claim that tests can afford"
     for claim in cheap:
         result = prove.judge(claim)
-        assert result.verdict != "not-reproduced" or result.explained, (claim.name, result.reason)
+        # what a clock says is a fact of this machine and this minute: it must be told, not passed
+        missed = result.verdict == "not-reproduced" and claim.how != "measured"
+        assert not missed or result.explained, (claim.name, result.reason)
 
 
 def test_a_broken_mechanism_turns_a_claim_red(key: str):
