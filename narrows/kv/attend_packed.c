@@ -1,7 +1,9 @@
 /* Attention of a few queries over packed keys and values; nothing is unpacked to memory.
 
    Keys: q.k = sum_c (q_c scale_gc) code_tc + sum_c q_c min_gc, so a group of tokens scales the
-   query once. Values: sum_t w_t v_tc. Sizes come from the command line, so loops have known ends:
+   query once. Values: sum_t w_t v_tc. Bits are masked where they lie in a byte, and the power of
+   two they are too large by is divided out where it costs least. Recent tokens in full precision
+   follow behind the packed ones. Sizes come from the command line, so loops have known ends:
    HEAD_DIM, ROWS (queries that share a KV head), KEY_BITS, VALUE_BITS, KEY_GROUP (tokens),
    VALUE_GROUP (channels). See narrows/kv/codec.py for the layout. */
 
@@ -16,6 +18,7 @@
 #define VALUE_WIDTH (HEAD_DIM * VALUE_BITS / 8)
 #define VALUE_MASK ((1 << VALUE_BITS) - 1)
 #define VALUE_GROUPS (HEAD_DIM / VALUE_GROUP)
+#define LANES 16 /* accumulators of a reduction, of which the compiler makes vectors */
 #define BLOCK (256 / KEY_GROUP * KEY_GROUP ? 256 / KEY_GROUP * KEY_GROUP : KEY_GROUP) /* tokens at a time */
 
 /* fp16 bits, finite: shifted into place, then the exponent corrected. */
@@ -82,7 +85,7 @@ static void scores(
     }
 }
 
-/* Values of one block of tokens, by weights, added to `out`. */
+/* Values of one block of packed tokens, by weights, added to `out`. */
 static void mix(
     const float (*restrict weights)[BLOCK], const uint8_t *restrict codes,
     const uint16_t *restrict scale, const uint16_t *restrict minimum, long tokens,
@@ -95,8 +98,7 @@ static void mix(
         float plain[HEAD_DIM];
         for (int k = 0; k < VALUE_PLANES; k++)
             for (int j = 0; j < VALUE_WIDTH; j++)
-                plain[k * VALUE_WIDTH + j] =
-                    (float)((codes[j] >> (VALUE_BITS * k)) & VALUE_MASK);
+                plain[k * VALUE_WIDTH + j] = (float)(codes[j] & (VALUE_MASK << (VALUE_BITS * k)));
         for (int g = 0; g < VALUE_GROUPS; g++) {
             float factor = half(scale[g]), low = half(minimum[g]);
             for (int r = 0; r < ROWS; r++) {
@@ -111,63 +113,158 @@ static void mix(
         minimum += VALUE_GROUPS;
     }
     for (int r = 0; r < ROWS; r++)
-        for (int c = 0; c < HEAD_DIM; c++) out[r][c] += sum[r][c] + lowest[r][c / VALUE_GROUP];
+        for (int c = 0; c < HEAD_DIM; c++) {
+            float shrink = 1.0f / (1 << (VALUE_BITS * (c / VALUE_WIDTH)));
+            out[r][c] += sum[r][c] * shrink + lowest[r][c / VALUE_GROUP];
+        }
 }
 
-/* One KV head over tokens `begin` to `end` (begin at the edge of a key group).
-
-   query, out: (ROWS, HEAD_DIM). bias: added to the scores, row r at bias + r * bias_row, or null.
-   total: (ROWS) log of the sum of exp; -inf where all is hidden, and `out` is zero there. */
-void attend(
-    const float *restrict query, const uint8_t *restrict key_codes,
-    const uint16_t *restrict key_scale, const uint16_t *restrict key_minimum,
-    const uint8_t *restrict value_codes, const uint16_t *restrict value_scale,
-    const uint16_t *restrict value_minimum, const float *restrict bias, long bias_row,
-    float scaling, long begin, long end, float *restrict out, float *restrict total
+/* Scores of tokens `from` to `end` of a block, in full precision. */
+static void scores_plain(
+    const float (*restrict query)[HEAD_DIM], const float *restrict keys, long from, long end,
+    float (*restrict out)[BLOCK]
 ) {
-    float asked[ROWS][HEAD_DIM], made[ROWS][HEAD_DIM], weights[ROWS][BLOCK];
-    float largest[ROWS], sum[ROWS];
-    for (int r = 0; r < ROWS; r++) {
-        largest[r] = -INFINITY;
-        sum[r] = 0;
-        for (int c = 0; c < HEAD_DIM; c++) {
-            asked[r][c] = query[r * HEAD_DIM + c] * scaling;
-            made[r][c] = 0;
-        }
-    }
-    for (long t = begin; t < end; t += BLOCK) {
-        long count = end - t < BLOCK ? end - t : BLOCK;
-        long group = t / KEY_GROUP;
-        scores((const float (*)[HEAD_DIM])asked, key_codes + t * KEY_WIDTH,
-               key_scale + group * HEAD_DIM, key_minimum + group * HEAD_DIM, count, weights);
+    for (long t = from; t < end; t++, keys += HEAD_DIM)
         for (int r = 0; r < ROWS; r++) {
-            if (bias)
-                for (long i = 0; i < count; i++) weights[r][i] += bias[r * bias_row + t + i];
-            float high = largest[r];
-            for (long i = 0; i < count; i++) high = weights[r][i] > high ? weights[r][i] : high;
-            if (high < -1e30f) { /* nothing visible yet */
-                for (long i = 0; i < count; i++) weights[r][i] = 0;
-                continue;
-            }
-            if (high > largest[r]) {
-                float shrink = largest[r] < -1e30f ? 0.0f : exponential(largest[r] - high);
-                for (int c = 0; c < HEAD_DIM; c++) made[r][c] *= shrink;
-                sum[r] *= shrink;
-                largest[r] = high;
-            }
-            float more = 0;
-            for (long i = 0; i < count; i++) {
-                weights[r][i] = exponential(weights[r][i] - high);
-                more += weights[r][i];
-            }
-            sum[r] += more;
+            float total = 0;
+            for (int c = 0; c < HEAD_DIM; c++) total += query[r][c] * keys[c];
+            out[r][t] = total;
         }
-        mix((const float (*)[BLOCK])weights, value_codes + t * VALUE_WIDTH,
-            value_scale + t * VALUE_GROUPS, value_minimum + t * VALUE_GROUPS, count, made);
-    }
+}
+
+/* Values of tokens `from` to `end` of a block, in full precision, added to `out`. */
+static void mix_plain(
+    const float (*restrict weights)[BLOCK], const float *restrict values, long from, long end,
+    float (*restrict out)[HEAD_DIM]
+) {
+    for (long t = from; t < end; t++, values += HEAD_DIM)
+        for (int r = 0; r < ROWS; r++)
+            for (int c = 0; c < HEAD_DIM; c++) out[r][c] += weights[r][t] * values[c];
+}
+
+/* What a head has gathered so far: values by weights that `high` is the largest score of. */
+struct state {
+    float made[ROWS][HEAD_DIM], high[ROWS], sum[ROWS];
+};
+
+static inline float largest(const float *x, long count, float high) {
+    float lane[LANES];
+    for (int l = 0; l < LANES; l++) lane[l] = high;
+    long i = 0;
+    for (; i + LANES <= count; i += LANES)
+        for (int l = 0; l < LANES; l++) lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+    for (; i < count; i++) lane[0] = x[i] > lane[0] ? x[i] : lane[0];
+    for (int l = 0; l < LANES; l++) high = lane[l] > high ? lane[l] : high;
+    return high;
+}
+
+/* Scores of a block to weights, in place; what was gathered is brought to the same footing. */
+static void weigh(
+    struct state *restrict s, float (*restrict weights)[BLOCK], long count,
+    const float *restrict bias, long bias_row
+) {
     for (int r = 0; r < ROWS; r++) {
-        total[r] = sum[r] > 0 ? largest[r] + logf(sum[r]) : -INFINITY;
-        for (int c = 0; c < HEAD_DIM; c++)
-            out[r * HEAD_DIM + c] = sum[r] > 0 ? made[r][c] / sum[r] : 0;
+        if (bias)
+            for (long i = 0; i < count; i++) weights[r][i] += bias[r * bias_row + i];
+        float high = largest(weights[r], count, s->high[r]);
+        if (high < -1e30f) { /* nothing visible yet */
+            for (long i = 0; i < count; i++) weights[r][i] = 0;
+            continue;
+        }
+        if (high > s->high[r]) {
+            float shrink = s->high[r] < -1e30f ? 0.0f : exponential(s->high[r] - high);
+            for (int c = 0; c < HEAD_DIM; c++) s->made[r][c] *= shrink;
+            s->sum[r] *= shrink;
+            s->high[r] = high;
+        }
+        float more = 0;
+        for (long i = 0; i < count; i++) {
+            weights[r][i] = exponential(weights[r][i] - high);
+            more += weights[r][i];
+        }
+        s->sum[r] += more;
+    }
+}
+
+/* Where a tensor of (batch, heads, ...) begins, and bytes from one to the next of either. */
+struct place {
+    const char *at;
+    long batch, head;
+};
+
+struct job {
+    struct place query, key_codes, key_scale, key_minimum, value_codes, value_scale, value_minimum;
+    struct place keys, values, bias; /* recent tokens in full; bias may be null */
+    float *out, *total;
+    long batch, heads;
+    long tokens;                     /* all */
+    long packed_keys, packed_values; /* of which the first so many are packed */
+    long parts, each;                /* they are divided in so many parts of so many */
+    long bias_row;                   /* numbers from one row of the bias to the next */
+    float scaling;
+};
+
+static inline const void *of(struct place p, long b, long h) {
+    return p.at ? p.at + b * p.batch + h * p.head : 0;
+}
+
+static inline long within(long x, long most) { return x < 0 ? 0 : x > most ? most : x; }
+
+/* Attention of tasks first to last; task number: ((part * batch) + b) * heads + h.
+
+   query: (ROWS, HEAD_DIM) each; out alike by task, the softmax of what the part sees; total:
+   (ROWS) log of the sum of exp, -inf where all is hidden, and `out` is zero there. Parts begin at
+   edges of key groups. */
+void attend(const struct job *job, long first, long last) {
+    for (long task = first; task < last; task++) {
+        long part = task / (job->batch * job->heads);
+        long b = task / job->heads % job->batch, h = task % job->heads;
+        const float *query = of(job->query, b, h), *bias = of(job->bias, b, h);
+        const uint8_t *key_codes = of(job->key_codes, b, h);
+        const uint16_t *key_scale = of(job->key_scale, b, h);
+        const uint16_t *key_minimum = of(job->key_minimum, b, h);
+        const uint8_t *value_codes = of(job->value_codes, b, h);
+        const uint16_t *value_scale = of(job->value_scale, b, h);
+        const uint16_t *value_minimum = of(job->value_minimum, b, h);
+        float asked[ROWS][HEAD_DIM], weights[ROWS][BLOCK];
+        struct state s;
+        for (int r = 0; r < ROWS; r++) {
+            s.high[r] = -INFINITY;
+            s.sum[r] = 0;
+            for (int c = 0; c < HEAD_DIM; c++) {
+                asked[r][c] = query[r * HEAD_DIM + c] * job->scaling;
+                s.made[r][c] = 0;
+            }
+        }
+        const float *keys = of(job->keys, b, h), *values = of(job->values, b, h);
+        long end = part + 1 < job->parts ? (part + 1) * job->each : job->tokens;
+        for (long t = part * job->each; t < end; t += BLOCK) {
+            long count = end - t < BLOCK ? end - t : BLOCK, group = t / KEY_GROUP;
+            long coded = within(job->packed_keys - t, count);
+            if (coded)
+                scores((const float (*)[HEAD_DIM])asked, key_codes + t * KEY_WIDTH,
+                       key_scale + group * HEAD_DIM, key_minimum + group * HEAD_DIM, coded,
+                       weights);
+            if (coded < count)
+                scores_plain((const float (*)[HEAD_DIM])asked,
+                             keys + (t + coded - job->packed_keys) * HEAD_DIM, coded, count,
+                             weights);
+            weigh(&s, weights, count, bias ? bias + t : 0, job->bias_row);
+            coded = within(job->packed_values - t, count);
+            if (coded)
+                mix((const float (*)[BLOCK])weights, value_codes + t * VALUE_WIDTH,
+                    value_scale + t * VALUE_GROUPS, value_minimum + t * VALUE_GROUPS, coded,
+                    s.made);
+            if (coded < count)
+                mix_plain((const float (*)[BLOCK])weights,
+                          values + (t + coded - job->packed_values) * HEAD_DIM, coded, count,
+                          s.made);
+        }
+        float *out = job->out + task * ROWS * HEAD_DIM, *total = job->total + task * ROWS;
+        for (int r = 0; r < ROWS; r++) {
+            total[r] = s.sum[r] > 0 ? s.high[r] + logf(s.sum[r]) : -INFINITY;
+            for (int c = 0; c < HEAD_DIM; c++)
+                out[r * HEAD_DIM + c] = s.sum[r] > 0 ? s.made[r][c] / s.sum[r] : 0;
+        }
     }
 }

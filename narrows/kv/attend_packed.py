@@ -2,27 +2,21 @@
 
 Each part of a cache gives its attention and the log of its sum of exponentials; `merge` joins
 them to the softmax over all (Milakov and Gimelshein, arXiv 1805.02867). A few queries go through
-attend_packed.c, built once a shape with the system's C compiler and kept in the user's cache
-folder; many queries, other devices and systems without a compiler go block by block through
-torch. Neither unpacks the whole cache.
+attend_packed.c, which takes recent tokens in full precision along; many queries, other devices
+and systems without a compiler go block by block through torch. Neither unpacks the whole cache.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from narrows.kv import native
 from narrows.kv.codec import Affine, Packed
 
 FEW = 16
@@ -30,12 +24,6 @@ FEW = 16
 
 BLOCK = 2048
 """Tokens that the block by block path unpacks at a time."""
-
-FLAGS = (
-    "-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fassociative-math", "-ffp-contract=fast",
-)  # fmt: skip
-"""Sums in any order; not -ffast-math, which would flush subnormals in the whole process."""
 
 SOURCE = Path(__file__).with_suffix(".c")
 
@@ -59,8 +47,34 @@ def packed(
     if queries.device.type == "cpu" and queries.shape[2] <= FEW and loops(keys, values):
         run = compiled(queries.shape[3], queries.shape[2], keys.codec, values.codec)
         if run is not None:
-            return _threads(run, queries, keys, values, tokens, bias, scaling)
+            return _run(run, queries, keys, values, tokens, bias, scaling)
     return blocks(queries, keys, values, tokens, bias, scaling)
+
+
+def fused(
+    queries: torch.Tensor,
+    keys: Packed,
+    values: Packed,
+    recent: tuple[torch.Tensor, torch.Tensor],
+    bias: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor | None:
+    """Attention over packed tokens and those in full behind them, in one pass of the C loops.
+
+    recent: keys and values in full, (batch, kv_heads, tokens, head_dim). There may be more packed
+    keys than packed values or fewer, but as many of both in all. Other shapes as in `packed`. None
+    where there are no loops for these: the parts are then attended one by one and merged.
+    """
+    if queries.device.type != "cpu" or queries.shape[2] > FEW or not loops(keys, values):
+        return None
+    if any(x.dtype != torch.float32 or x.stride(3) != 1 or x.stride(2) != x.shape[3]
+           for x in recent):  # fmt: skip
+        return None
+    run = compiled(queries.shape[3], queries.shape[2], keys.codec, values.codec)
+    if run is None:
+        return None
+    tokens = keys.tokens + recent[0].shape[2]
+    return _run(run, queries, keys, values, tokens, bias, scaling, recent)[0]
 
 
 def loops(keys: Packed, values: Packed) -> bool:
@@ -127,116 +141,83 @@ def merge(parts: Sequence[Partial]) -> Partial:
 @cache
 def compiled(head_dim: int, rows: int, keys: Affine, values: Affine) -> Any:
     """The C loops for one shape and codecs; None where there is no compiler that builds them."""
-    compiler = shutil.which(os.environ.get("CC") or "cc") or shutil.which("gcc")
-    if compiler is None:
+    built = native.library(
+        SOURCE, HEAD_DIM=head_dim, ROWS=rows, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
+        KEY_GROUP=keys.group, VALUE_GROUP=values.group,
+    )  # fmt: skip
+    if built is None:
         return None
-    sizes = {
-        "HEAD_DIM": head_dim, "ROWS": rows, "KEY_BITS": keys.bits, "VALUE_BITS": values.bits,
-        "KEY_GROUP": keys.group, "VALUE_GROUP": values.group,
-    }  # fmt: skip
-    options = [*FLAGS, *(f"-D{name}={value}" for name, value in sizes.items())]
-    try:
-        library = ctypes.CDLL(str(_built(compiler, options)))
-    except (OSError, subprocess.SubprocessError):
-        return None
-    run = library.attend
-    address = ctypes.c_void_p
-    run.argtypes = [
-        *[address] * 8, ctypes.c_long, ctypes.c_float, ctypes.c_long, ctypes.c_long, address,
-        address,
-    ]  # fmt: skip
-    run.restype = None
-    return run
+    built.attend.argtypes = [ctypes.POINTER(Job), ctypes.c_long, ctypes.c_long]
+    built.attend.restype = None
+    return built.attend
 
 
-def _built(compiler: str, options: list[str]) -> Path:
-    """The library for these options on this processor: found, or built and put there whole."""
-    from platformdirs import user_cache_path
+class Place(ctypes.Structure):
+    """Where a tensor of (batch, heads, ...) begins, and bytes from one to the next of either."""
 
-    told = "\n".join([compiler, *options, _processor(), SOURCE.read_text()])
-    folder = user_cache_path("narrows") / "kernels"
-    path = folder / f"{hashlib.sha256(told.encode()).hexdigest()[:24]}.so"
-    if path.is_file():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as made:
-        new = Path(made) / path.name
-        subprocess.run(
-            [compiler, *options, str(SOURCE), "-o", str(new), "-lm"],
-            check=True, capture_output=True, timeout=120,
-        )  # fmt: skip
-        os.replace(new, path)
-    return path
+    _fields_ = (("at", ctypes.c_void_p), ("batch", ctypes.c_long), ("head", ctypes.c_long))
+
+    @classmethod
+    def of(cls, t: torch.Tensor) -> Place:
+        """Of a tensor whose last two axes are contiguous; one entry may stand for all."""
+        size = t.element_size()
+        batch = t.stride(0) * size if t.shape[0] > 1 else 0
+        return cls(t.data_ptr(), batch, t.stride(1) * size if t.shape[1] > 1 else 0)
 
 
-def _processor() -> str:
-    """What tells processors apart: libraries are built for the one at hand."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return " ".join(os.uname()) if hasattr(os, "uname") else ""
-    return "\n".join(dict.fromkeys(s for s in lines if s.startswith(("model name", "flags"))))
+PLACES = (
+    "query", "key_codes", "key_scale", "key_minimum", "value_codes", "value_scale",
+    "value_minimum", "keys", "values", "bias",
+)  # fmt: skip
+COUNTS = (
+    "batch", "heads", "tokens", "packed_keys", "packed_values", "parts", "each", "bias_row",
+)  # fmt: skip
 
 
-@cache
-def _pool(workers: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(workers, "narrows-packed")
+class Job(ctypes.Structure):
+    """What the loops are asked; see attend_packed.c."""
+
+    _fields_ = (
+        *((name, Place) for name in PLACES),
+        ("out", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),
+        *((name, ctypes.c_long) for name in COUNTS),
+        ("scaling", ctypes.c_float),
+    )
 
 
-if hasattr(os, "register_at_fork"):  # threads do not follow into a child
-    os.register_at_fork(after_in_child=_pool.cache_clear)
+ALONE = 2048
+"""Tokens of all heads together up to which a second thread costs more than it saves."""
 
 
-def _threads(
+def _run(
     run: Any, queries: torch.Tensor, keys: Packed, values: Packed, tokens: int,
     bias: torch.Tensor | None, scaling: float,
+    recent: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> Partial:  # fmt: skip
     """The C loops over all heads, as many at once as torch would use threads.
 
+    tokens: to attend to; those beyond the packed ones are in `recent`.
     Where heads are fewer than threads, each head's tokens are divided and merged.
     """
     batch, heads, rows, size = queries.shape
-    workers = torch.get_num_threads()
     queries = queries.contiguous()
     bias = None if bias is None else bias.contiguous()
+    workers = torch.get_num_threads() if batch * heads * tokens > ALONE else 1
     per = keys.codec.group
-    parts = min(-(-workers // (batch * heads)), max(tokens // (8 * per), 1))
-    each = -(-tokens // (parts * per)) * per
-    parts = -(-tokens // each)
+    parts = max(min(-(-workers // (batch * heads)), tokens // (8 * per)), 1)
+    each = max(-(-tokens // (parts * per)), 1) * per
+    parts = max(-(-tokens // each), 1)
     out = torch.empty(parts, batch, heads, rows, size)
     totals = torch.empty(parts, batch, heads, rows)
-    held = [(t, _steps(t)) for t in (queries, *keys.parts, *values.parts)]
-
-    def task(index: int) -> None:
-        part, at = divmod(index, batch * heads)
-        b, h = divmod(at, heads)
-        row, start = 0, None
-        if bias is not None:
-            row = bias.stride(2) if bias.shape[2] > 1 else 0
-            at_b, at_h = b if bias.shape[0] > 1 else 0, h if bias.shape[1] > 1 else 0
-            start = bias.data_ptr() + 4 * (at_b * bias.stride(0) + at_h * bias.stride(1))
-        run(
-            *(t.data_ptr() + b * by_b + h * by_h for t, (by_b, by_h) in held), start, row,
-            scaling, part * each, min((part + 1) * each, tokens),
-            out[part, b, h].data_ptr(), totals[part, b, h].data_ptr(),
-        )  # fmt: skip
-
-    count = parts * batch * heads
-    workers = min(workers, count)
-    if workers == 1:
-        for index in range(count):
-            task(index)
-    else:
-
-        def share(worker: int) -> None:
-            for index in range(worker, count, workers):
-                task(index)
-
-        list(_pool(workers).map(share, range(workers)))
+    places = [Place.of(t) for t in (queries, *keys.parts, *values.parts, *(recent or ()))]
+    job = Job(*places)
+    job.out, job.total, job.scaling = out.data_ptr(), totals.data_ptr(), scaling
+    job.batch, job.heads, job.tokens, job.parts, job.each = batch, heads, tokens, parts, each
+    job.packed_keys, job.packed_values = min(keys.tokens, tokens), min(values.tokens, tokens)
+    if bias is not None:
+        job.bias = Place.of(bias)
+        job.bias_row = bias.stride(2) if bias.shape[2] > 1 else 0
+    asked = ctypes.byref(job)
+    native.shared(lambda first, last: run(asked, first, last), parts * batch * heads, workers)
     return merge([(out[i], totals[i]) for i in range(parts)])
-
-
-def _steps(t: torch.Tensor) -> tuple[int, int]:
-    """Bytes from one row of the batch to the next, and from one head; the rest is contiguous."""
-    size = t.element_size()
-    return t.stride(0) * size, t.stride(1) * size

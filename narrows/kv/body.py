@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from narrows.kv.attend_packed import BLOCK, Partial, merge, packed
+from narrows.kv.attend_packed import BLOCK, Partial, fused, merge, packed
 from narrows.kv.codec import Codec, Packed
 from narrows.kv.tier import Device, Room, Tier
 
@@ -172,6 +172,15 @@ class Segment:
             some = None if bias is None else bias[..., begin:end]
             parts.append(packed(queries, keys, values, end - begin, some, scaling))
         return merge(parts)
+
+    def fused(
+        self, queries: torch.Tensor, recent: tuple[torch.Tensor, torch.Tensor],
+        bias: torch.Tensor | None, scaling: float,
+    ) -> torch.Tensor | None:  # fmt: skip
+        """Attention over this and the recent tokens behind it; see attend_packed.fused."""
+        if not all(isinstance(body.tier, Device) for body in (self.keys, self.values)):
+            return None
+        return fused(queries, self.keys.packed, self.values.packed, recent, bias, scaling)
 
     def nbytes(self) -> int:
         """Bytes held."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from narrows.core.errors import NarrowsError
+from narrows.kv import pack_affine
 
 BITS = (1, 2, 4, 8)
 """Widths of a code that fill bytes."""
@@ -201,21 +202,32 @@ class Affine(Codec):
         if tokens % self.block:
             raise NarrowsError(f"{tokens} tokens do not fill groups of {self.block}")
         x = x.float()
+        looped = pack_affine.packed(x, self.bits, self.axis == "token", self.group)
+        parts = self.plain(x) if looped is None else looped
+        if parts is None:
+            raise NarrowsError(
+                "the cache holds keys or values that fp16 cannot hold (infinite, not a number, or "
+                "beyond 65504), so they cannot be quantised"
+            )
+        return Packed(self, parts)
+
+    def plain(self, x: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+        """The parts by plain torch, on any device; None where fp16 cannot hold them.
+
+        x: (batch, kv_heads, tokens, head_dim) fp32.
+        """
         grouped, dim = self._grouped(x)
         low = _half_below(grouped.amin(dim, keepdim=True))
         high = grouped.amax(dim, keepdim=True)
         scale = ((high - low.float()) / (2**self.bits - 1)).half()
         if not bool((low.isfinite() & scale.isfinite()).all()):
-            raise NarrowsError(
-                "the cache holds keys or values that fp16 cannot hold (infinite, not a number, or "
-                "beyond 65504), so they cannot be quantised"
-            )
+            return None
         step = scale.float()
         codes = (grouped - low.float()) / torch.where(step > 0, step, torch.ones_like(step))
         codes = codes.clamp_(0, 2**self.bits - 1).round_()
         codes = torch.where(step > 0, codes, torch.zeros_like(codes)).to(torch.uint8)
         folded = fold(codes.reshape(x.shape), self.bits)
-        return Packed(self, (folded, scale.squeeze(dim), low.squeeze(dim)))
+        return folded, scale.squeeze(dim), low.squeeze(dim)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """See Codec."""

@@ -127,17 +127,28 @@ class PackedStore(Store):
         scale = size**-0.5 if scaling is None else scaling
         asked = queries.float().reshape(batch, kv_heads, -1, size)
         bias = as_bias(self.mask(mask, tokens), kv_heads, heads // kv_heads, tokens)
+        out = None
+        if self.segment.tokens:
+            tails = self.tails[0].view, self.tails[1].view
+            out = self.segment.fused(asked, tails, bias, scale)
+        if out is None:
+            out = self._merged(asked, bias, scale)
+        return out.to(queries.dtype).reshape(batch, heads, tokens, out.shape[3])
+
+    def _merged(
+        self, queries: torch.Tensor, bias: torch.Tensor | None, scaling: float
+    ) -> torch.Tensor:
+        """The packed part and the recent one each by itself, then merged."""
         old = self.segment.tokens
         parts = []
         if old:
             early = None if bias is None else bias[..., :old]
-            parts.append(self.segment.attend(asked, early, scale, old))
+            parts.append(self.segment.attend(queries, early, scaling, old))
         if old < self.held:
             late = None if bias is None else bias[..., old:]
             recent = [self._recent(i, old) for i in (0, 1)]
-            parts.append(dense(asked, recent[0], recent[1], late, scale))
-        out = merge(parts)[0].to(queries.dtype)
-        return out.reshape(batch, heads, tokens, out.shape[3])
+            parts.append(dense(queries, recent[0], recent[1], late, scaling))
+        return merge(parts)[0]
 
     def _recent(self, which: int, old: int) -> torch.Tensor:
         """Keys or values from token `old` on; some may be packed while their partners are not."""

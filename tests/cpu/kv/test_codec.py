@@ -7,6 +7,7 @@ import torch
 
 from narrows.claims._kivi import by_definition
 from narrows.core.errors import NarrowsError
+from narrows.kv import pack_affine
 from narrows.kv.codec import Affine, fold, unfold
 
 
@@ -25,6 +26,32 @@ def test_codes_scales_and_minima_are_those_of_the_definition(bits, axis, group):
             for mine, theirs in zip(found, wanted, strict=True):
                 assert (mine.numpy() == theirs).all()
     assert packed.nbytes() == x.numel() * bits // 8 + 4 * x.numel() // group
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("group", [1, 8, 32])
+def test_the_loops_pack_bit_for_bit_as_plain_torch(bits, axis, group):
+    made = torch.Generator().manual_seed(group)
+    wide = torch.randn(2, 3, 200, 64, generator=made)
+    wide[0] *= 10.0 ** torch.randint(-9, 4, (3, 200, 1), generator=made)  # subnormals of fp16 too
+    wide[1, 0] = (wide[1, 0] * 4).round() / 4  # ties
+    wide[1, 1] = 0.1  # groups without a spread
+    x = wide[:, :, 50:146]  # in a buffer of more, as recent tokens lie
+    looped = pack_affine.packed(x, bits, axis == "token", group)
+    if looped is None:
+        pytest.skip("no C compiler here")
+    for mine, plain in zip(looped, Affine(bits, axis, group).plain(x), strict=True):
+        assert torch.equal(mine, plain)
+    for wrong in (torch.inf, -torch.inf, torch.nan, -65520.0, 65520.0, 1e8):
+        odd = x.clone()
+        odd[1, 2, 60, 3] = wrong
+        looped = pack_affine.packed(odd, bits, axis == "token", group)
+        plain = Affine(bits, axis, group).plain(odd)
+        assert (looped is None) == (plain is None)
+        assert plain is None or wrong > 0
+        for mine, theirs in zip(looped or (), plain or (), strict=True):
+            assert torch.equal(mine, theirs)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8])

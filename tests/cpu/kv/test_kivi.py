@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from narrows.claims._kivi import SIZE, equal_parts, histories, random_tokens, st
 from narrows.core.bound import bound
 from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
-from narrows.kv import attend_packed, quality
+from narrows.kv import attend_packed, pack_affine, quality
 from narrows.kv.adapter import nbytes, stores
 from narrows.kv.kivi import KIVI
 from narrows.kv.snapkv import SnapKV
@@ -72,7 +74,7 @@ def test_attention_is_that_of_what_is_stored(monkeypatch, few, threads, bits, to
 
 
 def test_the_compiled_loops_are_what_runs():
-    if attend_packed.shutil.which("cc") is None:
+    if shutil.which("cc") is None:
         pytest.skip("no C compiler here: decode goes block by block through torch")
     store = store_of(KIVI())
     assert attend_packed.compiled(SIZE, 2, *store.codecs) is not None
@@ -80,12 +82,36 @@ def test_the_compiled_loops_are_what_runs():
 
 def test_without_a_compiler_the_answer_is_the_same(monkeypatch):
     monkeypatch.setattr(attend_packed, "compiled", lambda *sizes: None)
+    monkeypatch.setattr(pack_affine, "compiled", lambda *sizes: None)
     store = store_of(KIVI())
     keys = random_tokens(600)
     store.fill(keys, keys.flip(2), None, None)
     query = torch.randn(1, 4, 1, SIZE)
     expected = by_hand(query, store.keys, store.values, None, 0.125)
     torch.testing.assert_close(store.attend(query, None, 0.125), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("settings", [(2, 2, 32, 128), (4, 2, 16, 32), (1, 8, 8, 8)])
+def test_one_pass_over_packed_and_recent_is_the_merge_of_the_two(monkeypatch, threads, settings):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(attend_packed, "ALONE", 0)
+    store = store_of(KIVI(*settings))
+    keys = random_tokens(417)
+    store.fill(keys[:, :, :300], keys[:, :, :300].flip(2), None, None)
+    more_keys_packed = False
+    for at in range(300, 417):
+        more_keys_packed |= store.bodies[0].tokens > store.bodies[1].tokens
+        store.append(keys[:, :, at : at + 1], keys[:, :, at - 1 : at])
+        if at % 13 == 0:
+            queries = torch.randn(1, keys.shape[1], 2, SIZE)
+            visible = torch.rand(1, 1, 2, store.held) > 0.3
+            bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+            tails = store.tails[0].view, store.tails[1].view
+            one = store.segment.fused(queries, tails, bias, 0.125)
+            torch.testing.assert_close(one, store._merged(queries, bias, 0.125))
+        store.settle()
+    assert more_keys_packed
 
 
 def test_a_wholly_hidden_body_weighs_nothing():
