@@ -1,15 +1,25 @@
-"""A cache in codes as a workload sees it: bytes by the mean of its tokens, and what codes cost."""
+"""Techniques that store every token in codes, and how a workload sees that.
+
+Bytes are by the mean of the tokens, some of which wait in full precision; codes cost operations.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from narrows.core.case import Case
+from narrows.core.errors import NarrowsError
 from narrows.core.tensor import Codec, Number
 from narrows.core.workload import Op, Workload
+from narrows.kv._base import KVTechnique, Prompt
+
+if TYPE_CHECKING:
+    import torch
 
 PARTS = ("prompt", "new")
 """The cache of a closed form or a trace: `kv.prompt.*` and `kv.new.*`, keys and values."""
@@ -81,3 +91,92 @@ def _computing(op: Op, changed: dict[str, Any]) -> tuple[Op, ...]:
         repeat=op.repeat,
     )  # fmt: skip
     return ranges, replace(op, kind="pointwise", per_element={source.tensor: PACK})
+
+
+class Coding(KVTechnique):
+    """Stores all tokens of every layer that attends to them all, in fewer bits.
+
+    settings: of the constructor, as a plan records them.
+    """
+
+    stepwise = True
+    settings: ClassVar[tuple[str, ...]]
+
+    @abstractmethod
+    def _element_bits(self) -> dict[str, float]:
+        """Bits of an element, scales included, by `key` and `value`."""
+
+    @abstractmethod
+    def _in_full(self, seen: np.ndarray) -> dict[str, np.ndarray]:
+        """Tokens in full precision after so many were seen, by `key` and `value`."""
+
+    @abstractmethod
+    def _check(self, head_dim: int) -> None:
+        """Raise NarrowsError where heads of so many channels cannot be coded."""
+
+    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
+        """Nothing is dropped."""
+        return None
+
+    def predict(self, case: Case) -> Case:
+        """The case with the cache coded, and what packing and unpacking compute.
+
+        Bits of a tensor are the mean of packed and recent tokens. Facts may be arrays. The same
+        case where the cache is coded so already, or in fewer bits.
+        """
+        facts = self._facts(case)
+        # what a former step left of the prompt
+        prompt = case.workload.tensors["kv.prompt.key"].extent("token")
+        shares = in_full(prompt, facts["generate"], self._in_full)
+        work = coded(case.workload, self.key, shares, self._element_bits())
+        if work is case.workload:
+            return case
+        chosen = {name: getattr(self, name) for name in self.settings}
+        return replace(case, workload=work, plan=case.plan.with_policy("code", self.key, **chosen))
+
+    def why(self, case: Case) -> str:
+        """One sentence with the bytes saved and what decode is spared."""
+        facts = self._facts(case)
+        before, after = (float(np.max(c.workload.bytes("kv"))) for c in (case, self.predict(case)))
+        if after >= before:
+            return "the cache is packed already, or too short to be: nothing changes"
+        told = f"packs the cache from {before / 1e9:.3g} to {after / 1e9:.3g} GB"
+        if float(np.max(facts["generate"])) < 1:
+            return f"{told}; nothing is decoded, so only memory is saved"
+        weights = float(np.max(case.workload.bytes("weight")))
+        spared = (before - after) / (before + weights)
+        return f"{told}, sparing each decode step {spared:.0%} of its bytes; prefill stays whole"
+
+    def _facts(self, case: Case) -> Mapping[str, Any]:
+        """What is known of the load; NarrowsError where there is no cache that this can pack."""
+        facts = cached(case, self.key, "pack")
+        self._check(int(facts["head_dim"]))
+        return facts
+
+
+def cached(case: Case, key: str, verb: str) -> Mapping[str, Any]:
+    """Facts of a load with a cache that the substrate can hold.
+
+    key: of the technique that asks. verb: what it would do with it. Raises NarrowsError where
+    there is no cache, or none that this attention reads.
+    """
+    work = case.workload
+    missing = [n for n in ("prompt", "generate", "head_dim") if n not in work.facts]
+    if missing or not any(f"kv.{part}.key" in work.tensors for part in PARTS):
+        raise NarrowsError(
+            f"{work.name} has no key-value cache, so there is nothing for {key} to {verb}; it "
+            "works on decoders that generate from a prompt"
+        )
+    if work.facts.get("window") and not any(
+        t.name == "kv.prompt.key.local" for t in work.role("kv")
+    ):
+        raise NarrowsError(
+            f"every layer of {work.name} has a sliding window, which bounds its cache already; "
+            f"{key} works on layers that attend to everything"
+        )
+    if getattr(work.facts.get("config"), "softcap", False):
+        raise NarrowsError(
+            f"{work.name} passes its scores through a tanh (softcap), which the attention that "
+            "reads this cache does not do"
+        )
+    return work.facts

@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,21 +30,17 @@ import numpy as np
 from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
 from narrows.core.method import Price
-from narrows.kv._base import KVTechnique, Prompt
-from narrows.kv._coded import PARTS, coded, in_full
+from narrows.kv._coded import Coding
 
 if TYPE_CHECKING:
-    import torch
-
     from narrows.kv.blockfloat import Order
     from narrows.kv.store_torch import Store
 
 MANTISSAS = (2, 4, 8)
 EXPONENT_BITS = 8
-SETTINGS = ("key_mantissa", "value_mantissa", "block", "sort")
 
 
-class BFP(KVTechnique):
+class BFP(Coding):
     """Stores the cache of every layer that attends to all tokens in block floating point.
 
     key_mantissa, value_mantissa: bits, sign included. block: channels of a key, or tokens of a
@@ -56,7 +51,7 @@ class BFP(KVTechnique):
     key = "bfp"
     paper = "arXiv:2403.20137"
     relieves = "memory bandwidth"
-    stepwise = True
+    settings = "key_mantissa", "value_mantissa", "block", "sort"
     price = Price(
         quality="keys and values are rounded to the exponent of their block: some perplexity",
         memory="up to a block of recent values in full; a layer's prompt twice while it is packed",
@@ -102,10 +97,6 @@ class BFP(KVTechnique):
         made.order = hashlib.sha256(repr(sorted(made._orders.items())).encode()).hexdigest()[:16]
         return made
 
-    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
-        """Nothing is dropped."""
-        return None
-
     def store(self, config: Any, layer: int = 0) -> Store:
         """A packed store; NarrowsError where the model's heads cannot be coded."""
         from narrows.kv.blockfloat import BlockFloat
@@ -126,69 +117,19 @@ class BFP(KVTechnique):
             codec.check(size)
         return PackedStore(keys, values)
 
-    def predict(self, case: Case) -> Case:
-        """The case with the cache coded, and what packing and unpacking compute.
-
-        Values wait in full precision until they fill a block. Facts may be arrays. The same case
-        where the cache is coded so already.
-        """
-        facts = self._facts(case)
-        # what a former step left of the prompt
-        prompt = case.workload.tensors["kv.prompt.key"].extent("token")
-        shares = in_full(
-            prompt, facts["generate"],
-            lambda seen: {"key": np.zeros_like(seen), "value": seen % self.block},
-        )  # fmt: skip
+    def _element_bits(self) -> dict[str, float]:
         exponent = EXPONENT_BITS / self.block
-        bits = {"key": self.key_mantissa + exponent, "value": self.value_mantissa + exponent}
-        work = coded(case.workload, self.key, shares, bits)
-        if work is case.workload:
-            return case
-        parameters = {n: getattr(self, n) for n in SETTINGS}
-        plan = case.plan.with_policy("code", self.key, **parameters)
-        return replace(case, workload=work, plan=plan)
+        return {"key": self.key_mantissa + exponent, "value": self.value_mantissa + exponent}
 
-    def why(self, case: Case) -> str:
-        """One sentence with the bytes saved and what decode is spared."""
-        facts = self._facts(case)
-        before, after = (float(np.max(c.workload.bytes("kv"))) for c in (case, self.predict(case)))
-        if after >= before:
-            return "the cache is in block floating point already, or in fewer bits: nothing changes"
-        told = f"packs the cache from {before / 1e9:.3g} to {after / 1e9:.3g} GB"
-        if float(np.max(facts["generate"])) < 1:
-            return f"{told}; nothing is decoded, so only memory is saved"
-        weights = float(np.max(case.workload.bytes("weight")))
-        spared = (before - after) / (before + weights)
-        return f"{told}, sparing each decode step {spared:.0%} of its bytes; prefill stays whole"
+    def _in_full(self, seen: np.ndarray) -> dict[str, np.ndarray]:
+        return {"key": np.zeros_like(seen), "value": seen % self.block}
 
-    def _facts(self, case: Case) -> Mapping[str, Any]:
-        """What is known of the load; NarrowsError where there is no cache that this can pack."""
-        work = case.workload
-        missing = [n for n in ("prompt", "generate", "head_dim") if n not in work.facts]
-        if missing or not any(f"kv.{part}.key" in work.tensors for part in PARTS):
+    def _check(self, head_dim: int) -> None:
+        if head_dim % self.block:
             raise NarrowsError(
-                f"{work.name} has no key-value cache, so there is nothing for bfp to pack; it "
-                "works on decoders that generate from a prompt"
-            )
-        if work.facts.get("window") and not any(
-            t.name == "kv.prompt.key.local" for t in work.role("kv")
-        ):
-            raise NarrowsError(
-                f"every layer of {work.name} has a sliding window, which bounds its cache already; "
-                "bfp works on layers that attend to everything"
-            )
-        if getattr(work.facts.get("config"), "softcap", False):
-            raise NarrowsError(
-                f"{work.name} passes its scores through a tanh (softcap), which the attention that "
-                "reads this cache does not do"
-            )
-        size = int(work.facts["head_dim"])
-        if size % self.block:
-            raise NarrowsError(
-                f"bfp: blocks of {self.block} channels do not divide heads of {size} channels; "
+                f"bfp: blocks of {self.block} channels do not divide heads of {head_dim} channels; "
                 "give a block that divides them"
             )
-        return work.facts
 
 
 def _whole(value: Any) -> bool:

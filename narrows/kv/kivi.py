@@ -17,8 +17,6 @@ decode is not limited by the cache: unpacking costs operations. Prefill gains no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,21 +24,17 @@ import numpy as np
 from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
 from narrows.core.method import Price
-from narrows.kv._base import KVTechnique, Prompt
-from narrows.kv._coded import PARTS, coded, in_full
+from narrows.kv._coded import Coding
 
 if TYPE_CHECKING:
-    import torch
-
     from narrows.kv.store_torch import Store
 
 BITS = (1, 2, 4, 8)
-SETTINGS = ("key_bits", "value_bits", "group_size", "residual_length")
 SCALES_BITS = 32
 """Of a group: scale and minimum in fp16."""
 
 
-class KIVI(KVTechnique):
+class KIVI(Coding):
     """Packs the cache of every layer that attends to all tokens.
 
     key_bits, value_bits: of a code. group_size: tokens (keys) or channels (values) that share a
@@ -50,7 +44,7 @@ class KIVI(KVTechnique):
     key = "kivi"
     paper = "arXiv:2402.02750"
     relieves = "memory bandwidth"
-    stepwise = True
+    settings = "key_bits", "value_bits", "group_size", "residual_length"
     price = Price(
         quality="keys and values are rounded to four levels a group: some perplexity",
         memory="recent tokens stay in full precision; a layer's prompt twice while it is packed",
@@ -88,10 +82,6 @@ class KIVI(KVTechnique):
         bits = (8, 8), (4, 4), (4, 2), (2, 2)
         return tuple(cls(keys, values, residual_length=32) for keys, values in bits)
 
-    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
-        """Nothing is dropped."""
-        return None
-
     def store(self, config: Any, layer: int = 0) -> Store:
         """A packed store; NarrowsError where the model's heads cannot be coded."""
         from narrows.kv.codec import Affine
@@ -115,64 +105,13 @@ class KIVI(KVTechnique):
                 "give more bits"
             )
 
-    def predict(self, case: Case) -> Case:
-        """The case with the cache coded, and what packing and unpacking compute.
-
-        Bits of a tensor are the mean of packed and residual tokens. Facts may be arrays. The same
-        case where the cache is packed already.
-        """
-        facts, size = self._facts(case), self.residual_length
-        # what a former step left of the prompt
-        prompt = case.workload.tensors["kv.prompt.key"].extent("token")
-        shares = in_full(
-            prompt, facts["generate"],
-            lambda seen: {"key": seen % size, "value": np.minimum(seen, size)},
-        )  # fmt: skip
+    def _element_bits(self) -> dict[str, float]:
         scales = SCALES_BITS / self.group_size
-        bits = {"key": self.key_bits + scales, "value": self.value_bits + scales}
-        work = coded(case.workload, self.key, shares, bits)
-        if work is case.workload:
-            return case
-        parameters = {n: getattr(self, n) for n in SETTINGS}
-        plan = case.plan.with_policy("code", self.key, **parameters)
-        return replace(case, workload=work, plan=plan)
+        return {"key": self.key_bits + scales, "value": self.value_bits + scales}
 
-    def why(self, case: Case) -> str:
-        """One sentence with the bytes saved and what decode is spared."""
-        facts = self._facts(case)
-        before, after = (float(np.max(c.workload.bytes("kv"))) for c in (case, self.predict(case)))
-        if after >= before:
-            return "the cache is packed already, or too short to be: nothing changes"
-        told = f"packs the cache from {before / 1e9:.3g} to {after / 1e9:.3g} GB"
-        if float(np.max(facts["generate"])) < 1:
-            return f"{told}; nothing is decoded, so only memory is saved"
-        weights = float(np.max(case.workload.bytes("weight")))
-        spared = (before - after) / (before + weights)
-        return f"{told}, sparing each decode step {spared:.0%} of its bytes; prefill stays whole"
-
-    def _facts(self, case: Case) -> Mapping[str, Any]:
-        """What is known of the load; NarrowsError where there is no cache that this can pack."""
-        work = case.workload
-        missing = [n for n in ("prompt", "generate", "head_dim") if n not in work.facts]
-        if missing or not any(f"kv.{part}.key" in work.tensors for part in PARTS):
-            raise NarrowsError(
-                f"{work.name} has no key-value cache, so there is nothing for kivi to pack; it "
-                "works on decoders that generate from a prompt"
-            )
-        if work.facts.get("window") and not any(
-            t.name == "kv.prompt.key.local" for t in work.role("kv")
-        ):
-            raise NarrowsError(
-                f"every layer of {work.name} has a sliding window, which bounds its cache already; "
-                "kivi works on layers that attend to everything"
-            )
-        if getattr(work.facts.get("config"), "softcap", False):
-            raise NarrowsError(
-                f"{work.name} passes its scores through a tanh (softcap), which the attention that "
-                "reads this cache does not do"
-            )
-        self._check(int(work.facts["head_dim"]))
-        return work.facts
+    def _in_full(self, seen: np.ndarray) -> dict[str, np.ndarray]:
+        size = self.residual_length
+        return {"key": seen % size, "value": np.minimum(seen, size)}
 
 
 def _whole(value: Any) -> bool:

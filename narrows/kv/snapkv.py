@@ -29,6 +29,7 @@ from narrows.core.method import Price
 from narrows.core.tensor import Codec, Number, Tensor
 from narrows.core.workload import Op, Phase, Use, Workload
 from narrows.kv._base import KVTechnique, Prompt
+from narrows.kv._coded import cached
 
 if TYPE_CHECKING:
     import torch
@@ -120,7 +121,7 @@ class SnapKV(KVTechnique):
 
         Facts and extents may be arrays over cases. The same case where no prompt is long enough.
         """
-        prompt = _facts(case)["prompt"]
+        prompt = cached(case, self.key, "cut")["prompt"]
         work = case.workload
         before = work.tensors[KEYS].extent("token")  # what a former step left of the prompt
         kept = np.minimum(self.budget(prompt), before)
@@ -153,7 +154,7 @@ class SnapKV(KVTechnique):
 
     def why(self, case: Case) -> str:
         """One sentence with the tokens kept and the bytes that decode is spared."""
-        facts = _facts(case)
+        facts = cached(case, self.key, "cut")
         prompt, generate = float(np.max(facts["prompt"])), float(np.max(facts["generate"]))
         kept = float(np.max(self.budget(prompt)))
         if kept >= prompt:
@@ -215,28 +216,6 @@ class SnapKV(KVTechnique):
             Op("snapkv.top", "reduce", (pooled,), (columns,), 0.0, {pooled.tensor: 1.0},
                repeat=layers),
         )  # fmt: skip
-
-
-def _facts(case: Case) -> Mapping[str, Any]:
-    """What is known of the load, once it is clear that there is a cache to cut."""
-    work = case.workload
-    needed = ("prompt", "generate", "heads", "head_dim", "layers")
-    if not {KEYS, VALUES} <= work.tensors.keys() or any(n not in work.facts for n in needed):
-        raise NarrowsError(
-            f"{work.name} has no key-value cache of a prompt, so there is nothing for snapkv to "
-            "cut; it works on decoders that generate from a prompt"
-        )
-    if work.facts.get("window") and work.tensors[KEYS].extent("layer") == work.facts["layers"]:
-        raise NarrowsError(
-            f"every layer of {work.name} has a sliding window of {work.facts['window']} tokens, "
-            "which bounds its cache already; snapkv works on layers that attend to everything"
-        )
-    if getattr(work.facts.get("config"), "softcap", False):
-        raise NarrowsError(
-            f"{work.name} passes its scores through a tanh (softcap), which the attention that "
-            "reads this cache does not do"
-        )
-    return work.facts
 
 
 def _fresh(work: Workload) -> dict[str, str]:
