@@ -171,8 +171,8 @@ def cached(case: Case, key: str, verb: str) -> Mapping[str, Any]:
         t.name == "kv.prompt.key.local" for t in work.role("kv")
     ):
         raise NarrowsError(
-            f"every layer of {work.name} has a sliding window, which bounds its cache already; "
-            f"{key} works on layers that attend to everything"
+            f"every layer of {work.name} has a sliding window of {work.facts['window']} tokens, "
+            f"which bounds its cache already; {key} works on layers that attend to everything"
         )
     if getattr(work.facts.get("config"), "softcap", False):
         raise NarrowsError(

@@ -50,7 +50,7 @@ class BFP(Coding):
 
     key = "bfp"
     paper = "arXiv:2403.20137"
-    relieves = "memory bandwidth"
+    relieves = "memory capacity"
     settings = "key_mantissa", "value_mantissa", "block", "sort"
     price = Price(
         quality="keys and values are rounded to the exponent of their block: some perplexity",
