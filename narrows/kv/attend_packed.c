@@ -4,8 +4,12 @@
    query once. Values: sum_t w_t v_tc. Bits are masked where they lie in a byte, and the power of
    two they are too large by is divided out where it costs least. Recent tokens in full precision
    follow behind the packed ones. Sizes come from the command line, so loops have known ends:
-   HEAD_DIM, ROWS (queries that share a KV head), KEY_BITS, VALUE_BITS, KEY_GROUP (tokens),
-   VALUE_GROUP (channels). See narrows/kv/codec.py for the layout. */
+   HEAD_DIM, ROWS (queries that share a KV head), KEY_BITS, VALUE_BITS, KEY_GROUP, VALUE_GROUP.
+
+   Two families of codes, see narrows/kv/codec.py and blockfloat.py for their layout. Affine: keys
+   have a scale and a minimum for KEY_GROUP tokens of a channel, values for VALUE_GROUP channels of
+   a token. With BLOCK_FLOAT defined: an exponent for KEY_GROUP channels of a token, and for
+   VALUE_GROUP tokens of a channel. */
 
 #include <math.h>
 #include <stdint.h>
@@ -17,9 +21,32 @@
 #define VALUE_PLANES (8 / VALUE_BITS)
 #define VALUE_WIDTH (HEAD_DIM * VALUE_BITS / 8)
 #define VALUE_MASK ((1 << VALUE_BITS) - 1)
-#define VALUE_GROUPS (HEAD_DIM / VALUE_GROUP)
+#define STRIP(width) ((width) % 16 ? (width) : 16) /* bytes of a vector: longer loops over bytes
+                                                      make gcc go through memory, 3 times as slow */
 #define LANES 16 /* accumulators of a reduction, of which the compiler makes vectors */
-#define BLOCK (256 / KEY_GROUP * KEY_GROUP ? 256 / KEY_GROUP * KEY_GROUP : KEY_GROUP) /* tokens at a time */
+#ifdef BLOCK_FLOAT
+#define TOGETHER VALUE_GROUP /* tokens that share what they are read by */
+#define KEY_SCALES (HEAD_DIM / KEY_GROUP)  /* a token */
+#define VALUE_SCALES HEAD_DIM              /* a group of tokens */
+#define KEYS_AT(t) ((t) * KEY_SCALES) /* where what a token is read by begins */
+#define VALUES_AT(t) ((t) / VALUE_GROUP * VALUE_SCALES)
+typedef uint8_t scale_type;
+#else
+#define TOGETHER KEY_GROUP
+#define KEY_SCALES HEAD_DIM
+#define VALUE_SCALES (HEAD_DIM / VALUE_GROUP)
+#define KEYS_AT(t) ((t) / KEY_GROUP * KEY_SCALES)
+#define VALUES_AT(t) ((t) * VALUE_SCALES)
+typedef uint16_t scale_type;
+#endif
+#define BLOCK (256 / TOGETHER * TOGETHER ? 256 / TOGETHER * TOGETHER : TOGETHER) /* tokens at a time */
+
+/* All bytes j of a token in all planes k, a vector at a time. */
+#define EACH(role, k, j) \
+    for (int k = 0; k < role##_PLANES; k++) \
+        _Pragma("GCC unroll 8") \
+        for (int k##j = 0; k##j < role##_WIDTH; k##j += STRIP(role##_WIDTH)) \
+            for (int j = k##j; j < k##j + STRIP(role##_WIDTH); j++)
 
 /* fp16 bits, finite: shifted into place, then the exponent corrected. */
 static inline float half(uint16_t bits) {
@@ -47,10 +74,12 @@ static inline float exponential(float x) {
     return x < -87.0f ? 0.0f : p * power.f;
 }
 
+#ifndef BLOCK_FLOAT
+
 /* Scores of one block of tokens, already scaled. */
 static void scores(
     const float (*restrict query)[HEAD_DIM], const uint8_t *restrict codes,
-    const uint16_t *restrict scale, const uint16_t *restrict minimum, long tokens,
+    const scale_type *restrict scale, const scale_type *restrict minimum, long tokens,
     float (*restrict out)[BLOCK]
 ) {
     float scaled[ROWS][HEAD_DIM], base[ROWS];
@@ -70,9 +99,8 @@ static void scores(
         }
         for (long t = first; t < end; t++) {
             float plain[HEAD_DIM];
-            for (int k = 0; k < KEY_PLANES; k++)
-                for (int j = 0; j < KEY_WIDTH; j++)
-                    plain[k * KEY_WIDTH + j] = (float)(codes[j] & (KEY_MASK << (KEY_BITS * k)));
+            EACH(KEY, k, j)
+                plain[k * KEY_WIDTH + j] = (float)(codes[j] & (KEY_MASK << (KEY_BITS * k)));
             for (int r = 0; r < ROWS; r++) {
                 float total = 0;
                 for (int c = 0; c < HEAD_DIM; c++) total += scaled[r][c] * plain[c];
@@ -88,18 +116,17 @@ static void scores(
 /* Values of one block of packed tokens, by weights, added to `out`. */
 static void mix(
     const float (*restrict weights)[BLOCK], const uint8_t *restrict codes,
-    const uint16_t *restrict scale, const uint16_t *restrict minimum, long tokens,
+    const scale_type *restrict scale, const scale_type *restrict minimum, long tokens,
     float (*restrict out)[HEAD_DIM]
 ) {
-    float sum[ROWS][HEAD_DIM], lowest[ROWS][VALUE_GROUPS];
+    float sum[ROWS][HEAD_DIM], lowest[ROWS][VALUE_SCALES];
     memset(sum, 0, sizeof sum);
     memset(lowest, 0, sizeof lowest);
     for (long t = 0; t < tokens; t++) {
         float plain[HEAD_DIM];
-        for (int k = 0; k < VALUE_PLANES; k++)
-            for (int j = 0; j < VALUE_WIDTH; j++)
-                plain[k * VALUE_WIDTH + j] = (float)(codes[j] & (VALUE_MASK << (VALUE_BITS * k)));
-        for (int g = 0; g < VALUE_GROUPS; g++) {
+        EACH(VALUE, k, j)
+            plain[k * VALUE_WIDTH + j] = (float)(codes[j] & (VALUE_MASK << (VALUE_BITS * k)));
+        for (int g = 0; g < VALUE_SCALES; g++) {
             float factor = half(scale[g]), low = half(minimum[g]);
             for (int r = 0; r < ROWS; r++) {
                 float a = weights[r][t] * factor;
@@ -109,8 +136,8 @@ static void mix(
             }
         }
         codes += VALUE_WIDTH;
-        scale += VALUE_GROUPS;
-        minimum += VALUE_GROUPS;
+        scale += VALUE_SCALES;
+        minimum += VALUE_SCALES;
     }
     for (int r = 0; r < ROWS; r++)
         for (int c = 0; c < HEAD_DIM; c++) {
@@ -118,6 +145,66 @@ static void mix(
             out[r][c] += sum[r][c] * shrink + lowest[r][c / VALUE_GROUP];
         }
 }
+
+#else
+
+/* 2^e from a stored exponent: of a mantissa's last place, in the upper bits of a byte. */
+static inline float power(uint8_t stored) {
+    int e = (int)stored - 133; /* its bias, a mantissa's places, and those above a byte's */
+    union { uint32_t u; float f; } x;
+    x.u = e >= -126 ? (uint32_t)(e + 127) << 23 : e >= -149 ? 1u << (e + 149) : 0;
+    return x.f;
+}
+
+/* A signed mantissa of plane k, in the upper bits of a byte and so 2^(8 - bits) too large. */
+static inline float mantissa(uint8_t code, int bits, int k) {
+    return (float)(int8_t)((code << (8 - bits - bits * k)) & (256 - (1 << (8 - bits))));
+}
+
+/* Scores of one block of tokens, already scaled. minimum: none. */
+static void scores(
+    const float (*restrict query)[HEAD_DIM], const uint8_t *restrict codes,
+    const scale_type *restrict scale, const scale_type *restrict minimum, long tokens,
+    float (*restrict out)[BLOCK]
+) {
+    (void)minimum;
+    for (long t = 0; t < tokens; t++, codes += KEY_WIDTH, scale += KEY_SCALES) {
+        float plain[HEAD_DIM], step[HEAD_DIM];
+        for (int g = 0; g < KEY_SCALES; g++)
+            for (int i = 0; i < KEY_GROUP; i++) step[g * KEY_GROUP + i] = power(scale[g]);
+        EACH(KEY, k, j) plain[k * KEY_WIDTH + j] = mantissa(codes[j], KEY_BITS, k);
+        for (int r = 0; r < ROWS; r++) {
+            float total = 0;
+            for (int c = 0; c < HEAD_DIM; c++) total += query[r][c] * plain[c] * step[c];
+            out[r][t] = total;
+        }
+    }
+}
+
+/* Values of one block of packed tokens, by weights, added to `out`. minimum: none. */
+static void mix(
+    const float (*restrict weights)[BLOCK], const uint8_t *restrict codes,
+    const scale_type *restrict scale, const scale_type *restrict minimum, long tokens,
+    float (*restrict out)[HEAD_DIM]
+) {
+    (void)minimum;
+    for (long first = 0; first < tokens; first += VALUE_GROUP, scale += VALUE_SCALES) {
+        long end = first + VALUE_GROUP < tokens ? first + VALUE_GROUP : tokens;
+        float sum[ROWS][HEAD_DIM];
+        memset(sum, 0, sizeof sum);
+        for (long t = first; t < end; t++, codes += VALUE_WIDTH) {
+            float plain[HEAD_DIM];
+            EACH(VALUE, k, j) plain[k * VALUE_WIDTH + j] = mantissa(codes[j], VALUE_BITS, k);
+            for (int r = 0; r < ROWS; r++)
+                for (int c = 0; c < HEAD_DIM; c++) sum[r][c] += weights[r][t] * plain[c];
+        }
+        for (int c = 0; c < HEAD_DIM; c++) {
+            float step = power(scale[c]);
+            for (int r = 0; r < ROWS; r++) out[r][c] += sum[r][c] * step;
+        }
+    }
+}
+#endif
 
 /* Scores of tokens `from` to `end` of a block, in full precision. */
 static void scores_plain(
@@ -214,18 +301,18 @@ static inline long within(long x, long most) { return x < 0 ? 0 : x > most ? mos
 
    query: (ROWS, HEAD_DIM) each; out alike by task, the softmax of what the part sees; total:
    (ROWS) log of the sum of exp, -inf where all is hidden, and `out` is zero there. Parts begin at
-   edges of key groups. */
+   edges of groups of tokens. */
 void attend(const struct job *job, long first, long last) {
     for (long task = first; task < last; task++) {
         long part = task / (job->batch * job->heads);
         long b = task / job->heads % job->batch, h = task % job->heads;
         const float *query = of(job->query, b, h), *bias = of(job->bias, b, h);
         const uint8_t *key_codes = of(job->key_codes, b, h);
-        const uint16_t *key_scale = of(job->key_scale, b, h);
-        const uint16_t *key_minimum = of(job->key_minimum, b, h);
+        const scale_type *key_scale = of(job->key_scale, b, h);
+        const scale_type *key_minimum = of(job->key_minimum, b, h);
         const uint8_t *value_codes = of(job->value_codes, b, h);
-        const uint16_t *value_scale = of(job->value_scale, b, h);
-        const uint16_t *value_minimum = of(job->value_minimum, b, h);
+        const scale_type *value_scale = of(job->value_scale, b, h);
+        const scale_type *value_minimum = of(job->value_minimum, b, h);
         float asked[ROWS][HEAD_DIM], weights[ROWS][BLOCK];
         struct state s;
         for (int r = 0; r < ROWS; r++) {
@@ -239,12 +326,12 @@ void attend(const struct job *job, long first, long last) {
         const float *keys = of(job->keys, b, h), *values = of(job->values, b, h);
         long end = part + 1 < job->parts ? (part + 1) * job->each : job->tokens;
         for (long t = part * job->each; t < end; t += BLOCK) {
-            long count = end - t < BLOCK ? end - t : BLOCK, group = t / KEY_GROUP;
+            long count = end - t < BLOCK ? end - t : BLOCK;
+            long key = KEYS_AT(t), value = VALUES_AT(t);
             long coded = within(job->packed_keys - t, count);
             if (coded)
                 scores((const float (*)[HEAD_DIM])asked, key_codes + t * KEY_WIDTH,
-                       key_scale + group * HEAD_DIM, key_minimum + group * HEAD_DIM, coded,
-                       weights);
+                       key_scale + key, key_minimum + key, coded, weights);
             if (coded < count)
                 scores_plain((const float (*)[HEAD_DIM])asked,
                              keys + (t + coded - job->packed_keys) * HEAD_DIM, coded, count,
@@ -253,8 +340,7 @@ void attend(const struct job *job, long first, long last) {
             coded = within(job->packed_values - t, count);
             if (coded)
                 mix((const float (*)[BLOCK])weights, value_codes + t * VALUE_WIDTH,
-                    value_scale + t * VALUE_GROUPS, value_minimum + t * VALUE_GROUPS, coded,
-                    s.made);
+                    value_scale + value, value_minimum + value, coded, s.made);
             if (coded < count)
                 mix_plain((const float (*)[BLOCK])weights,
                           values + (t + coded - job->packed_values) * HEAD_DIM, coded, count,

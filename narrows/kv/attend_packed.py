@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from narrows.kv import native
-from narrows.kv.codec import Affine, Packed
+from narrows.kv.codec import Codec, Packed
 
 FEW = 16
 """Most queries a KV head for which the C loops beat unpacked blocks and a matrix product."""
@@ -44,10 +44,9 @@ def packed(
     queries: (batch, kv_heads, rows, head_dim) fp32, all that share a KV head. keys may hold more
     tokens. bias: added to the scores, (batch or 1, kv_heads or 1, rows or 1, >= tokens) fp32.
     """
-    if queries.device.type == "cpu" and queries.shape[2] <= FEW and loops(keys, values):
-        run = compiled(queries.shape[3], queries.shape[2], keys.codec, values.codec)
-        if run is not None:
-            return _run(run, queries, keys, values, tokens, bias, scaling)
+    run = _loops(queries, keys, values)
+    if run is not None:
+        return _run(run, queries, keys, values, tokens, bias, scaling)
     return blocks(queries, keys, values, tokens, bias, scaling)
 
 
@@ -65,22 +64,22 @@ def fused(
     keys than packed values or fewer, but as many of both in all. Other shapes as in `packed`. None
     where there are no loops for these: the parts are then attended one by one and merged.
     """
-    if queries.device.type != "cpu" or queries.shape[2] > FEW or not loops(keys, values):
-        return None
     if any(x.dtype != torch.float32 or x.stride(3) != 1 or x.stride(2) != x.shape[3]
            for x in recent):  # fmt: skip
         return None
-    run = compiled(queries.shape[3], queries.shape[2], keys.codec, values.codec)
+    run = _loops(queries, keys, values)
     if run is None:
         return None
     tokens = keys.tokens + recent[0].shape[2]
+    recent = keys.codec.ordered(recent[0]).contiguous(), recent[1]
     return _run(run, queries, keys, values, tokens, bias, scaling, recent)[0]
 
 
-def loops(keys: Packed, values: Packed) -> bool:
-    """Whether there are loops for these codecs: keys by channel, values by token."""
-    of = keys.codec, values.codec
-    return all(isinstance(c, Affine) for c in of) and [c.axis for c in of] == ["channel", "token"]
+def _loops(queries: torch.Tensor, keys: Packed, values: Packed) -> Any:
+    """The C loops for these, None where there are none or a matrix product is faster."""
+    if queries.device.type != "cpu" or queries.shape[2] > FEW:
+        return None
+    return compiled(queries.shape[3], queries.shape[2], keys.codec, values.codec)
 
 
 def blocks(
@@ -139,12 +138,12 @@ def merge(parts: Sequence[Partial]) -> Partial:
 
 
 @cache
-def compiled(head_dim: int, rows: int, keys: Affine, values: Affine) -> Any:
-    """The C loops for one shape and codecs; None where there is no compiler that builds them."""
-    built = native.library(
-        SOURCE, HEAD_DIM=head_dim, ROWS=rows, KEY_BITS=keys.bits, VALUE_BITS=values.bits,
-        KEY_GROUP=keys.group, VALUE_GROUP=values.group,
-    )  # fmt: skip
+def compiled(head_dim: int, rows: int, keys: Codec, values: Codec) -> Any:
+    """The C loops for one shape and codecs; None where there are none or no compiler."""
+    key, value = keys.loops("KEY"), values.loops("VALUE")
+    if key is None or value is None or ("BLOCK_FLOAT" in key) != ("BLOCK_FLOAT" in value):
+        return None
+    built = native.library(SOURCE, **{"HEAD_DIM": head_dim, "ROWS": rows, **key, **value})
     if built is None:
         return None
     built.attend.argtypes = [ctypes.POINTER(Job), ctypes.c_long, ctypes.c_long]
@@ -169,6 +168,10 @@ PLACES = (
     "query", "key_codes", "key_scale", "key_minimum", "value_codes", "value_scale",
     "value_minimum", "keys", "values", "bias",
 )  # fmt: skip
+PARTS = {what: [f"{what}_{part}" for part in ("codes", "scale", "minimum")]
+         for what in ("key", "value")}  # fmt: skip
+"""What parts of packed tokens are there; an exponent is a scale, without a minimum."""
+
 COUNTS = (
     "batch", "heads", "tokens", "packed_keys", "packed_values", "parts", "each", "bias_row",
 )  # fmt: skip
@@ -201,17 +204,22 @@ def _run(
     Where heads are fewer than threads, each head's tokens are divided and merged.
     """
     batch, heads, rows, size = queries.shape
-    queries = queries.contiguous()
+    queries = keys.codec.ordered(queries).contiguous()
     bias = None if bias is None else bias.contiguous()
     workers = torch.get_num_threads() if batch * heads * tokens > ALONE else 1
-    per = keys.codec.group
+    per = max(keys.codec.block, values.codec.block)
     parts = max(min(-(-workers // (batch * heads)), tokens // (8 * per)), 1)
     each = max(-(-tokens // (parts * per)), 1) * per
     parts = max(-(-tokens // each), 1)
     out = torch.empty(parts, batch, heads, rows, size)
     totals = torch.empty(parts, batch, heads, rows)
-    places = [Place.of(t) for t in (queries, *keys.parts, *values.parts, *(recent or ()))]
-    job = Job(*places)
+    job = Job(Place.of(queries))
+    held = (
+        *zip(PARTS["key"], keys.parts, strict=False),
+        *zip(PARTS["value"], values.parts, strict=False),
+    )
+    for name, t in (*held, *zip(("keys", "values"), recent or (), strict=False)):
+        setattr(job, name, Place.of(t))
     job.out, job.total, job.scaling = out.data_ptr(), totals.data_ptr(), scaling
     job.batch, job.heads, job.tokens, job.parts, job.each = batch, heads, tokens, parts, each
     job.packed_keys, job.packed_values = min(keys.tokens, tokens), min(values.tokens, tokens)

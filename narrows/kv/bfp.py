@@ -15,7 +15,7 @@ them, by one gather of new keys and one of queries, pairs side by side.
 It hurts where no key channel is larger than the others (the order changes nothing), where a block
 is a whole head (it cannot) or half of one (channels next in size join the largest: sorting may
 lose more than it spares), where the rows of W_k do not tell which channels are large, and wherever
-decode is not limited by the cache: unpacking costs operations, in torch more than it saves.
+decode is not limited by the cache: unpacking costs operations.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ class BFP(Coding):
 
     @classmethod
     def ladder(cls, case: Case) -> tuple[BFP, ...]:
-        """Smaller mantissas, of values before keys. Unsorted: a search has no weights to read."""
-        return tuple(cls(k, v, sort=False) for k, v in ((8, 8), (8, 4), (4, 4)))
+        """Smaller mantissas, of values before keys; four blocks or more a head of 64."""
+        return tuple(cls(k, v, block=16) for k, v in ((8, 8), (8, 4), (4, 4)))
 
     def of(self, model: Any, state: Mapping[int, Order] | None = None) -> BFP:
         """With the order of the model's key channels. state: another order, by layer."""

@@ -9,6 +9,7 @@ channels share one: `order` puts keys in another order of channels before they a
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
@@ -81,6 +82,12 @@ class BlockFloat(Codec):
         """See Codec."""
         return self.mantissa + EXPONENT_BITS / self.block_size
 
+    def loops(self, role: str) -> Mapping[str, int] | None:
+        """See Codec: of keys by token and values by channel."""
+        if self.axis != {"KEY": "token", "VALUE": "channel"}[role]:
+            return None
+        return {f"{role}_BITS": self.mantissa, f"{role}_GROUP": self.block_size, "BLOCK_FLOAT": 1}
+
     def pack(self, x: torch.Tensor) -> Packed:
         """See Codec. Infinities and what is not a number are refused."""
         tokens, channels = x.shape[2:]
@@ -93,7 +100,7 @@ class BlockFloat(Codec):
                 "the cache holds keys or values that are infinite or not a number, so they have "
                 "no exponent to share"
             )
-        blocked, dim = self._blocked(self._ordered(x))
+        blocked, dim = self._blocked(self.ordered(x))
         largest = blocked.abs().amax(dim, keepdim=True)
         # frexp's mantissa lies in [1/2, 1), so its exponent is one above ours
         exponent = (torch.frexp(largest)[1].int() - 1).clamp(min=-BIAS)
@@ -115,7 +122,7 @@ class BlockFloat(Codec):
 
     def scores(self, queries: torch.Tensor, packed: Packed) -> torch.Tensor:
         """See Codec: the queries are put in the keys' order, which is far less to move."""
-        return self._ordered(queries) @ self._as_blocked(packed).transpose(2, 3)
+        return self.ordered(queries) @ self._as_blocked(packed).transpose(2, 3)
 
     def _as_blocked(self, packed: Packed) -> torch.Tensor:
         """What the codes stand for, channels in the order they are blocked."""
@@ -129,7 +136,8 @@ class BlockFloat(Codec):
         step = _power(stored.int() - BIAS - self.mantissa + 2 - spare)
         return blocked.mul_(step.unsqueeze(dim)).reshape(whole.shape)
 
-    def _ordered(self, x: torch.Tensor) -> torch.Tensor:
+    def ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """See Codec."""
         if self.order is None:
             return x
         if len(self.order) != x.shape[1]:

@@ -8,6 +8,7 @@ unpacked block by block. Any codec can be put in any tier (tier.py) under any po
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +61,17 @@ class Codec(ABC):
     @abstractmethod
     def unpack(self, packed: Packed) -> torch.Tensor:
         """What the codes stand for, (batch, kv_heads, tokens, head_dim) fp32."""
+
+    def loops(self, role: str) -> Mapping[str, int] | None:
+        """Sizes that attend_packed.c is built with to read this; None where it cannot.
+
+        role: `KEY` or `VALUE`, which their names begin with. Keys and values must name one family.
+        """
+        return None
+
+    def ordered(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries or keys (batch, kv_heads, tokens, head_dim), channels as the codes have them."""
+        return x
 
     def scores(self, queries: torch.Tensor, packed: Packed) -> torch.Tensor:
         """Products with packed keys, (batch, kv_heads, rows, tokens) fp32.
@@ -194,6 +206,12 @@ class Affine(Codec):
     def element_bits(self, head_dim: int) -> float:
         """See Codec."""
         return self.bits + SCALES_BITS / self.group
+
+    def loops(self, role: str) -> Mapping[str, int] | None:
+        """See Codec: of keys by channel and values by token."""
+        if self.axis != {"KEY": "channel", "VALUE": "token"}[role]:
+            return None
+        return {f"{role}_BITS": self.bits, f"{role}_GROUP": self.group}
 
     def pack(self, x: torch.Tensor) -> Packed:
         """See Codec. Raises also where values exceed what fp16 can hold."""

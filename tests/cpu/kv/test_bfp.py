@@ -12,6 +12,7 @@ from narrows.claims._kivi import random_tokens
 from narrows.core.bound import bound
 from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
+from narrows.kv import attend_packed
 from narrows.kv._ksort import key_orders, order_of
 from narrows.kv.adapter import ATTENTION, KVCache, nbytes, stores
 from narrows.kv.bfp import BFP
@@ -281,3 +282,33 @@ def test_cases_it_cannot_help_say_so():
 def test_find_ranks_it():
     asked = narrows.case("llama-2-7b", "a100-80", prompt=8192, generate=256, batch=8)
     assert "bfp" in [option.key for option in narrows.find(asked)]
+
+
+@pytest.mark.parametrize("settings", [(4, 4, 16), (8, 4, 8), (2, 8, 16)])
+@pytest.mark.parametrize("order", [None, some_order()])
+def test_one_pass_of_the_loops_is_the_merge_of_the_parts(settings, order):
+    technique = BFP(*settings, sort=order is not None)
+    store = store_of(technique, None if order is None else {0: order})
+    keys = random_tokens(331)
+    store.fill(keys[:, :, :300], keys[:, :, :300].flip(2), None, None)
+    for at in range(300, 331):
+        store.append(keys[:, :, at : at + 1], keys[:, :, at - 1 : at])
+        queries = torch.randn(1, keys.shape[1], 2, SIZE)
+        visible = torch.rand(1, 1, 2, store.held) > 0.3
+        bias = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+        tails = store.tails[0].view, store.tails[1].view
+        one = store.segment.fused(queries, tails, bias, 0.125)
+        if one is None:
+            pytest.skip("no C compiler here")
+        torch.testing.assert_close(one, store._merged(queries, bias, 0.125))
+        by_blocks = attend_packed.blocks(
+            queries, store.bodies[0].packed, store.bodies[1].packed, store.segment.tokens,
+            bias[..., : store.segment.tokens], 0.125,
+        )  # fmt: skip
+        looped = attend_packed.packed(
+            queries, store.bodies[0].packed, store.bodies[1].packed, store.segment.tokens,
+            bias[..., : store.segment.tokens], 0.125,
+        )  # fmt: skip
+        for mine, plain in zip(looped, by_blocks, strict=True):
+            torch.testing.assert_close(mine, plain)
+        store.settle()
