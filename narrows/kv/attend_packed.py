@@ -2,8 +2,9 @@
 
 Each part of a cache gives its attention and the log of its sum of exponentials; `merge` joins
 them to the softmax over all (Milakov and Gimelshein, arXiv 1805.02867). A few queries go through
-attend_packed.c, which takes recent tokens in full precision along; many queries, other devices
-and systems without a compiler go block by block through torch. Neither unpacks the whole cache.
+attend_packed.c, which takes recent tokens in full precision along, or on a GPU through
+attend_triton.py; many queries, other codecs and devices, and systems without a compiler go block
+by block through torch. None unpacks the whole cache.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +43,18 @@ def packed(
 ) -> Partial:
     """Attention over the first `tokens` of packed keys and values.
 
-    queries: (batch, kv_heads, rows, head_dim) fp32, all that share a KV head. keys may hold more
-    tokens. bias: added to the scores, (batch or 1, kv_heads or 1, rows or 1, >= tokens) fp32.
+    queries: (batch, kv_heads, rows, head_dim), all that share a KV head; fp32, or on a GPU the
+    model's own. keys may hold more tokens. bias: added to the scores, (batch or 1, kv_heads or 1,
+    rows or 1, >= tokens) fp32.
     """
     run = _loops(queries, keys, values)
     if run is not None:
         return _run(run, queries, keys, values, tokens, bias, scaling)
+    if queries.is_cuda and queries.shape[2] <= FEW and find_spec("triton") is not None:
+        from narrows.kv import attend_triton
+
+        if attend_triton.reads(queries, keys, values):
+            return attend_triton.packed(queries, keys, values, tokens, bias, scaling)
     return blocks(queries, keys, values, tokens, bias, scaling)
 
 
@@ -99,7 +107,7 @@ def blocks(
         key, value = (
             x.span(begin, -(-end // x.codec.block) * x.codec.block) for x in (keys, values)
         )
-        scores = key.codec.scores(queries * scaling, key)[..., : end - begin]
+        scores = key.codec.scores(queries.float() * scaling, key)[..., : end - begin]
         weights, total = _softmax(scores, None if bias is None else bias[..., begin:end])
         weights = torch.nn.functional.pad(weights, (0, value.tokens - (end - begin)))
         parts.append((value.codec.mix(weights, value), total))
@@ -114,7 +122,7 @@ def dense(
     scaling: float,
 ) -> Partial:
     """Attention over plain keys and values; shapes as in `packed`. Zero where all is hidden."""
-    weights, total = _softmax((queries * scaling) @ keys.float().transpose(2, 3), bias)
+    weights, total = _softmax((queries.float() * scaling) @ keys.float().transpose(2, 3), bias)
     return weights @ values.float(), total
 
 

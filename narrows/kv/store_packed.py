@@ -125,7 +125,8 @@ class PackedStore(Store):
         batch, heads, tokens, size = queries.shape
         kv_heads = self.tails[0].view.shape[1]
         scale = size**-0.5 if scaling is None else scaling
-        asked = queries.float().reshape(batch, kv_heads, -1, size)
+        # a GPU multiplies in the model's own precision, the loops of a processor in fp32
+        asked = (queries if queries.is_cuda else queries.float()).reshape(batch, kv_heads, -1, size)
         bias = as_bias(self.mask(mask, tokens), kv_heads, heads // kv_heads, tokens)
         out = None
         if self.segment.tokens:
