@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from narrows.core.bound import Bound
 from narrows.core.case import Case
-from narrows.core.errors import NarrowsError
 from narrows.kv._base import KVTechnique
-from narrows.relieve.judge import FULL, METRICS, Judge, limits
+from narrows.relieve.judge import FULL, Judge
+from narrows.relieve.limits import METRICS
 from narrows.relieve.proof import loaded, part, prove
 from narrows.relieve.search import Found, Judged, search
 from narrows.relieve.stacks import Priced, priced
@@ -28,19 +28,16 @@ FEWER, FASTER = 2.0, 1.3
 
 
 def relieved(
-    target: Target | None, case: Case, floor: Case, found: Bound, given: list[str],
-    text: Path | None, notes: list[str], progress: Progress | None,
+    target: Target | None, case: Case, floor: Case, found: Bound, within: Mapping[str, float],
+    text: str | None, notes: list[str], progress: Progress | None,
 ) -> tuple[Bound, Bound | None, Proof | None, Frontier, str]:  # fmt: skip
     """Search, choose, and where the target can be run apply and time.
 
     target: None where nothing is to be run. floor: the same load with next to no prompt, so that
-    what its decode takes is what no cache technique can save. given: limits as text. notes: are
-    added to. Returns the bound with what was measured, the bound of the chosen, the proof, the
-    frontier, and the key of what was applied.
+    what its decode takes is what no cache technique can save. text: to judge perplexity by; None:
+    the model writes its own. notes: are added to. Returns the bound with what was measured, the
+    bound of the chosen, the proof, the frontier, and the key of what was applied.
     """
-    within = limits(given)
-    if not float(case.workload.facts.get("generate", 0)):
-        raise NarrowsError("stacks of cache techniques speed decode up: give --generate 1 or more")
     if progress:
         progress(0.06, "loading the reference model")
     reference = resolve(REFERENCE)
@@ -51,7 +48,7 @@ def relieved(
     frontier = _frontier(told, case, priced(floor), judge)
     notes.append(
         "quality is that of the reference model, in prompts of 2,048 tokens; "
-        + ("perplexity is of text that it wrote itself" if judge.written else f"text: {text}")
+        + ("perplexity is of text that it wrote itself" if judge.written else "of the text given")
     )
     if best is None:
         return found, None, None, frontier, ""
@@ -74,20 +71,14 @@ def relieved(
 
 
 def _judge(
-    reference: Target, within: dict[str, float], text: Path | None, progress: Progress | None
+    reference: Target, within: Mapping[str, float], text: str | None, progress: Progress | None
 ) -> tuple[Any, Judge]:
     """The reference model, and the judge that reads with it."""
     from transformers import AutoTokenizer
 
     model = loaded(reference)
     tokenizer = AutoTokenizer.from_pretrained(reference.path)
-    ids = None
-    if text is not None:
-        try:
-            written = text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise NarrowsError(f"{text} cannot be read as text in UTF-8: {error}") from error
-        ids = np.asarray(tokenizer(written)["input_ids"], np.int64)
+    ids = None if text is None else np.asarray(tokenizer(text)["input_ids"], np.int64)
     return model, Judge(model, tokenizer, within, ids, progress)
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 from narrows.core.bound import PhaseBound
 from narrows.core.errors import NarrowsError
 from narrows.core.resource import Kind
-from narrows.report import bars, units, words
-from narrows.report.model import Interval, Proof, Report
+from narrows.report import bars, frontier, roofline, units, words
+from narrows.report.model import Frontier, Interval, Proof, Report, ranked
+from narrows.report.picture import colours
 from narrows.report.points import calibrated
-from narrows.report.roofline import colours, svg
 
 Row = Iterable[str]
 
@@ -146,7 +146,7 @@ def _roofline(report: Report) -> str:
         caption += f"Dashed: the roof as it was measured to be reached ({told}). "
     else:
         caption += "This machine is not calibrated: the marks lie on its datasheet roof. "
-    picture = svg(report.machine, report.bound, report.after, report.technique)
+    picture = roofline.svg(report.machine, report.bound, report.after, report.technique)
     return _section(
         "roofline", "What the hardware allows",
         f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>",
@@ -274,6 +274,42 @@ def _proof(proof: Proof) -> str:
     return _section("proof", "The gain, measured", *parts)
 
 
+def _frontier(found: Frontier) -> str:
+    """Stacks within limits: the picture, what came of it, and every candidate's figures."""
+    caption = (
+        "Each mark is a candidate; the line is how far those reach that are within the limits. "
+        f"Bytes and speed are predicted; quality is read through each cache ({found.judged}), as "
+        "a share of what the dense cache reaches. Hollow: not shown to be within."
+    )
+    if found.error is not None:
+        caption += f" The p90 error of the speeds is {units.percent(found.error)}."
+    rows: list[tuple[str, Row]] = []
+    for c in ranked(found):
+        costs = [
+            f"{units.signed(c.costs[n].value)} "
+            f"<small>{units.span(c.costs[n].low, c.costs[n].high, units.signed)}</small>"
+            if n in c.costs else units.UNKNOWN
+            for n in found.limits
+        ]  # fmt: skip
+        rows.append(
+            (
+                "best" if c.name == found.best else "",
+                (f"<b>{escape(c.name)}</b>", units.count_bytes(c.bytes), units.number(c.speed),
+                 *costs, words.judged(c)),
+            )
+        )  # fmt: skip
+    head = (("cache", False), ("bytes", True), ("tokens a second", True),
+            *((f"{n} lost, at most {units.percent(v)}", True) for n, v in found.limits.items()),
+            ("", False))  # fmt: skip
+    meant = "; ".join(f"{name}: {told}" for name, told in found.measures.items())
+    return _section(
+        "frontier", "Stacks within the limits",
+        _paragraph(" ".join(found.told), "lead"),
+        f"<figure>{frontier.svg(found)}<figcaption>{escape(caption)}</figcaption></figure>",
+        _table(head, rows), _paragraph(f"{meant}.", "note"),
+    )  # fmt: skip
+
+
 def _fits(report: Report) -> str:
     told = words.fits(report.bound)
     if report.bound.fits is False and report.after is not None and report.after.fits:
@@ -351,6 +387,8 @@ def page(report: Report) -> str:
     """The whole file as text."""
     css = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     body = [_roofline(report), _time(report), _options(report)]
+    if report.frontier is not None:
+        body.append(_frontier(report.frontier))
     if report.proof is not None:
         body.append(_proof(report.proof))
     body += [_fits(report), _machine(report), _again(report)]

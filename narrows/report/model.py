@@ -141,6 +141,17 @@ class Frontier:
         return next(c for c in self.candidates if c.name == name)
 
 
+def ranked(found: Frontier) -> list[Candidate]:
+    """Candidates as people read them: the best of each kind, dense, then by verdict and speed."""
+    first = [n for n in dict.fromkeys((found.best, found.single, found.stack, "dense")) if n]
+    order = {"within": 0, "undecided": 1, "outside": 2}
+    rest = sorted(
+        (c for c in found.candidates if c.name not in first),
+        key=lambda c: (order[c.verdict], -c.thorough, -c.speed),
+    )
+    return [*(found.of(n) for n in first), *rest]
+
+
 @dataclass(frozen=True)
 class Report:
     """A whole job: what limits this case, what would widen it, and the proof.

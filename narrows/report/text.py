@@ -15,6 +15,7 @@ from rich.text import Text
 
 from narrows import index
 from narrows.report import units, words
+from narrows.report.model import ranked
 from narrows.report.tables import WIDE, grid, plain, say, strong
 from narrows.report.verdicts import claim_teller, verdicts
 
@@ -25,19 +26,22 @@ if TYPE_CHECKING:
     from narrows.core.bound import Bound, PhaseBound
     from narrows.core.hierarchy import HierarchyRow
     from narrows.core.machine import Machine
-    from narrows.report.model import Option, Proof, Report
+    from narrows.report.model import Frontier, Option, Proof, Report
 
 BAR = 12
 """Characters of a share of 100 %."""
 
 
 __all__ = [
-    "bound", "calibration", "claim_teller", "here", "machine", "machines", "methods", "options",
-    "proof", "report", "validation", "verdicts",
+    "bound", "calibration", "claim_teller", "frontier", "here", "machine", "machines", "methods",
+    "options", "proof", "report", "validation", "verdicts",
 ]  # fmt: skip
 
 IDLE = 0.001
 """Gains closer to one than this change nothing; those are told below the table."""
+
+TOLD = 10
+"""Candidates of a search that the terminal shows."""
 
 SHOWN = 3
 """Refused rows that are shown one by one."""
@@ -226,11 +230,47 @@ def _quality(console: Console, found: Proof) -> None:
     console.print(table)
 
 
+def frontier(console: Console, found: Frontier) -> None:
+    """What a search of stacks tried, the best first, and what came of it in sentences."""
+    limits = ", ".join(f"{name} {units.percent(v)}" for name, v in found.limits.items())
+    console.print(strong(f"Caches within {limits} of the dense one ({found.judged}):"))
+    wide = console.width >= WIDE
+    table = grid("cache", ">bytes", ">tokens/s", *(f">{n} lost" for n in found.limits), "")
+    order = ranked(found)
+    for c in order[:TOLD]:
+        costs = []
+        for name in found.limits:
+            cost = c.costs.get(name)
+            told = units.UNKNOWN if cost is None else units.signed(cost.value)
+            if cost is not None and wide:
+                told += f" {units.span(cost.low, cost.high, units.signed)}"
+            costs.append(told)
+        chosen = c.name == found.best
+        table.add_row(
+            *plain(
+                strong(words.broken(c.name), "bold" if chosen else ""),
+                units.count_bytes(c.bytes),
+                strong(units.number(c.speed), "bold green" if chosen else ""), *costs,
+                words.judged(c),
+            )
+        )  # fmt: skip
+    console.print(table)
+    if len(order) > TOLD:
+        say(console, f"{len(order) - TOLD} more are in the report.")
+    console.print()
+    say(console, *found.told)
+    if found.error is not None:
+        say(console, f"Speeds are predicted, p90 error {units.percent(found.error)}.")
+
+
 def report(console: Console, told: Report) -> None:
     """The whole job, in the order it was done."""
     bound(console, told.bound)
     console.print()
     options(console, told.options)
+    if told.frontier is not None:
+        console.print()
+        frontier(console, told.frontier)
     if told.proof is not None:
         console.print()
         proof(console, told.proof)

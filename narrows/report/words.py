@@ -9,7 +9,7 @@ from narrows.core.caches import FAULTS
 from narrows.core.machine import Machine
 from narrows.core.price import DISPATCH
 from narrows.report import units
-from narrows.report.model import Interval, Option, Proof, Quality, Report
+from narrows.report.model import Candidate, Interval, Option, Proof, Quality, Report
 
 MEMORIES = ("hbm", "gddr", "dram", "ddr", "sram", "memory", "flash")
 
@@ -155,6 +155,20 @@ def best(options: tuple[Option, ...] | list[Option]) -> Option | None:
 def name(option: Option | Proof) -> str:
     """A technique with its settings, as `--with` takes it."""
     return f"{option.key}:{option.settings}" if option.settings else option.key
+
+
+def broken(name: str) -> str:
+    """A technique or stack with spaces where a line may end."""
+    return name.replace("+", " + ").replace(",", ", ")
+
+
+def judged(candidate: Candidate) -> str:
+    """The verdict of a candidate of a search, in a word or two."""
+    if candidate.verdict == "within" and not candidate.thorough:
+        return "within at a first look"
+    return {"dense": "as it is", "undecided": "not decided"}.get(
+        candidate.verdict, candidate.verdict
+    )
 
 
 def widens(report: Report) -> str:
