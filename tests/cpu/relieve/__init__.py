@@ -1,0 +1,1 @@
+"""Tests of the search for stacks within limits of quality."""
