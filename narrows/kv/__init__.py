@@ -23,4 +23,5 @@ One system a file, beside its own siblings:
 snapkv.py         SnapKV                  keeps the prompt tokens the last queries look at
 kivi.py           KIVI                    keys and values in 2 bits, recent ones in full
 bfp.py            BFP                     blocks that share an exponent, key channels sorted
+instinfer.py      InstInfer               attention inside drives, over flash pages (instinfer_*.py)
 """
