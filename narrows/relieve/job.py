@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import platform
+import shlex
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from narrows import door
+from narrows.core.errors import NarrowsError
+from narrows.kv._base import KVTechnique
 from narrows.relieve.proof import ANSWERS, loaded, part, prove, with_recall
+from narrows.relieve.stacks import can_run
 from narrows.report.model import Proof, Report
 from narrows.target import REFERENCE, Target, resolve
 
 if TYPE_CHECKING:
     from narrows.core.bound import Bound
     from narrows.core.case import Case
+    from narrows.core.method import Technique
     from narrows.door import Option, Progress
 
 WORTH = 1.02
@@ -48,8 +53,10 @@ def relieve(
     where stacks are searched.
     """
     limits = list(within)
+    _check(limits, text, generate)
     usual = LOAD_OF_STACKS if limits else LOAD
-    prompt, batch = prompt or usual[0], batch or usual[1]
+    prompt = usual[0] if prompt is None else prompt
+    batch = usual[1] if batch is None else batch
     target = resolve(model)
     where = door.machine(machine, progress=part(progress, 0.0, 0.05 if limits else 0.3))
     case = door.case(model, where, prompt=prompt, generate=generate, batch=batch)
@@ -71,17 +78,17 @@ def relieve(
             target if here else None, case, floor, found, limits, text, notes, progress
         )
     else:
-        best = next((o for o in options if o.gain >= WORTH), None)
-        if best is None:
+        gains = [o for o in options if o.gain >= WORTH]
+        if not gains:
             notes.append("no technique built so far would gain 2 % or more on this case")
+        elif here:
+            found, after, proof, applied = _proved(target, case, found, gains, notes, progress)
         else:
-            applied = best.key
-            after = case.with_(best.technique).bound()
-            if here:
-                found, proof = _proved(target, case, found, after, best, notes, progress)
+            applied, after = gains[0].key, case.with_(gains[0].technique).bound()
     if progress:
         progress(1.0, "writing the report")
-    asked = "".join(f" --within {limit}" for limit in limits)
+    asked = "".join(f" --within {shlex.quote(limit)}" for limit in limits)
+    asked += f" --text {shlex.quote(str(text))}" if text is not None else ""
     return Report(
         title=f"What limits {case.workload.name} on {where.title}",
         machine=where,
@@ -100,39 +107,78 @@ def relieve(
         frontier=frontier,
         notes=tuple(notes),
         commands=(
-            f"narrows relieve {model} --machine {machine} --prompt {prompt} "
-            f"--generate {generate} --batch {batch}{asked}",
+            f"narrows relieve {shlex.quote(model)} --machine {shlex.quote(machine)} "
+            f"--prompt {prompt} --generate {generate} --batch {batch}{asked}",
         ),
         versions=_versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 
-def _proved(
-    target: Target, case: Case, found: Bound, after: Bound, best: Option, notes: list[str],
-    progress: Progress | None,
-) -> tuple[Bound, Proof]:  # fmt: skip
-    """Apply the technique for real: decode in turn with the dense cache, then the quality."""
-    from narrows.kv._base import KVTechnique
+def _check(limits: list[str], text: Path | None, generate: int) -> None:
+    """Raises NarrowsError for what a long job would otherwise stumble over at its end."""
+    if not limits and text is not None:
+        raise NarrowsError("--text is what quality is judged by: give --within ppl=1% with it")
+    if not limits:
+        return
+    from narrows.relieve import judge
+    from narrows.relieve.within import read
 
-    technique = best.technique
-    assert isinstance(technique, KVTechnique), "the main job proves cache techniques"
+    judge.limits(limits)
+    if generate < 1:
+        raise NarrowsError("stacks of cache techniques speed decode up: give --generate 1 or more")
+    if text is not None:
+        read(text)
+
+
+def _proved(
+    target: Target, case: Case, found: Bound, gains: list[Option], notes: list[str],
+    progress: Progress | None,
+) -> tuple[Bound, Bound, Proof | None, str]:  # fmt: skip
+    """Apply the best technique that can be for real: decode in turn with the dense cache, quality.
+
+    gains: best first. What cannot be applied and timed here is said in the notes, and the next
+    one taken; where none can, the best stays a prediction. Returns the bound with what was
+    measured, the bound with the technique, the proof, and the technique's key.
+    """
     if progress:
         progress(0.3, "loading the model")
     model = loaded(target)
+    for best in gains:
+        technique, after = best.technique, case.with_(best.technique).bound()
+        refused = _refused(technique, model, found, after)
+        if not refused:
+            assert isinstance(technique, KVTechnique)
+            break
+        notes.append(f"{best.key} was not applied: {refused}")
+    else:
+        return found, case.with_(gains[0].technique).bound(), None, gains[0].key
     found, proof = prove(
         model, case, found, after, technique, best.settings, notes, part(progress, 0.32, 0.6)
     )
     if target.name != REFERENCE:
         notes.append("quality was not measured: only the reference model has tasks with answers")
-        return found, proof
+        return found, after, proof, best.key
     prompt = int(case.workload.facts["prompt"])
     proof = with_recall(proof, model, target, technique, prompt, part(progress, 0.6, 0.99))
     notes.append(
         f"quality rests on {ANSWERS} answers a figure, in prompts of 2,048 tokens sampled from "
         "the model; the model card and the claims rest on thousands of answers in real text"
     )
-    return found, proof
+    return found, after, proof, best.key
+
+
+def _refused(technique: Technique, model: Any, before: Bound, after: Bound) -> str:
+    """Why a technique cannot be applied and timed here; empty where it can."""
+    if not isinstance(technique, KVTechnique):
+        return "it is no cache that decode can be timed through, which is what is proved here"
+    if after.phase("decode").seconds * WORTH > before.phase("decode").seconds:
+        return "its gain is not in decode, which is what is timed here"
+    try:
+        can_run(technique, model)
+    except NarrowsError as error:
+        return str(error)
+    return ""
 
 
 def _versions() -> Mapping[str, str]:

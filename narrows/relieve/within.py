@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +14,7 @@ from narrows.core.bound import Bound
 from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
 from narrows.kv._base import KVTechnique
-from narrows.relieve.judge import FULL, METRICS, Judge, limits
+from narrows.relieve.judge import LOOKS, METRICS, SCORED, Judge, limits
 from narrows.relieve.proof import loaded, part, prove
 from narrows.relieve.search import Found, Judged, search
 from narrows.relieve.stacks import Priced, priced
@@ -39,14 +41,13 @@ def relieved(
     frontier, and the key of what was applied.
     """
     within = limits(given)
-    if not float(case.workload.facts.get("generate", 0)):
-        raise NarrowsError("stacks of cache techniques speed decode up: give --generate 1 or more")
     if progress:
         progress(0.06, "loading the reference model")
     reference = resolve(REFERENCE)
     model, judge = _judge(reference, within, text, part(progress, 0.06, 0.15))
+    chosen = model if target is None or target.name == REFERENCE else loaded(target)
     end = 0.8 if target is not None else 0.99
-    told = search(case, judge, within, part(progress, 0.15, end))
+    told = search(case, judge, within, part(progress, 0.15, end), models=[chosen])
     best = told.best
     frontier = _frontier(told, case, priced(floor), judge)
     notes.append(
@@ -59,7 +60,6 @@ def relieved(
     assert technique is not None
     if target is None:
         return found, after, None, frontier, technique.key
-    chosen = model if target.name == REFERENCE else loaded(target)
     other = told.single if best is told.stack else told.stack
     beside: dict[str, KVTechnique] = {}
     if other is not None and other.priced.technique is not None:
@@ -83,12 +83,20 @@ def _judge(
     tokenizer = AutoTokenizer.from_pretrained(reference.path)
     ids = None
     if text is not None:
-        try:
-            written = text.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise NarrowsError(f"{text} cannot be read as text in UTF-8: {error}") from error
-        ids = np.asarray(tokenizer(written)["input_ids"], np.int64)
+        ids = np.asarray(tokenizer(read(text))["input_ids"], np.int64)
     return model, Judge(model, tokenizer, within, ids, progress)
+
+
+def read(text: Path) -> str:
+    """A file as UTF-8; one that ends in .gz is unpacked.
+
+    Raises NarrowsError where it cannot be read so.
+    """
+    try:
+        written = text.read_bytes()
+        return (gzip.decompress(written) if text.suffix == ".gz" else written).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise NarrowsError(f"{text} cannot be read as text in UTF-8: {error}") from error
 
 
 def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
@@ -101,6 +109,7 @@ def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
     def named(found: Judged | None) -> str:
         return "" if found is None else found.priced.name
 
+    most = LOOKS[-1]
     candidates = (dense, *(_candidate(j) for j in told.judged))
     return Frontier(
         limits=told.limits,
@@ -110,8 +119,9 @@ def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
         single=named(told.single),
         stack=named(told.stack),
         told=tuple(_sentences(told, floor)),
-        judged=f"{FULL.prompts * 16:,} answers and {FULL.windows * FULL.scored:,} tokens of text"
+        judged=f"up to {most.prompts * 16:,} answers and {most.windows * SCORED:,} tokens of text"
         + (" that the model wrote" if judge.written else ""),
+        left=dict(told.left),
         error=told.dense.error,
     )
 
