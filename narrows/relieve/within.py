@@ -122,6 +122,7 @@ def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
         judged=f"up to {most.prompts * 16:,} answers and {most.windows * SCORED:,} tokens of text"
         + (" that the model wrote" if judge.written else ""),
         left=dict(told.left),
+        most=floor.tokens_per_second,
         error=told.dense.error,
     )
 

@@ -15,11 +15,16 @@ from narrows.core.bound import PhaseBound
 from narrows.core.errors import NarrowsError
 from narrows.core.resource import Kind
 from narrows.report import bars, units, words
-from narrows.report.model import Interval, Proof, Report
+from narrows.report import frontier as frontiers
+from narrows.report.model import Frontier, Interval, Proof, Report
+from narrows.report.picture import colours
 from narrows.report.points import calibrated
-from narrows.report.roofline import colours, svg
+from narrows.report.roofline import svg
 
 Row = Iterable[str]
+
+SHOWN = 12
+"""Rows of a search before the rest folds away."""
 
 
 def _table(head: Iterable[tuple[str, bool]], rows: Iterable[tuple[str, Row]]) -> str:
@@ -235,6 +240,49 @@ def _options(report: Report) -> str:
                     _table(head, rows))  # fmt: skip
 
 
+def _frontier(found: Frontier) -> str:
+    rows: list[tuple[str, Row]] = []
+    for c in words.ranked(found):
+        mark = words.mark(found, c.name)
+        told = words.verdict(c) if c.verdict != "dense" else ""
+        rows.append(
+            (
+                "best" if c.name == found.best else "",
+                (
+                    f"<b>{escape(c.name)}</b>" if mark else escape(c.name),
+                    units.count_bytes(c.bytes), units.seconds(c.seconds), units.number(c.speed),
+                    *(words.cost(c.costs[m]) if m in c.costs else "" for m in found.limits),
+                    escape(f"{told} ({mark})" if mark else told),
+                ),
+            )
+        )  # fmt: skip
+    head = (
+        ("cache", False), ("bytes", True), ("a step", True), ("tokens/s", True),
+        *((f"{m} lost", True) for m in found.limits), ("verdict", False),
+    )  # fmt: skip
+    caption = (
+        "Upper left is better. Filled: shown to be within the limits; hollow: not decided, or not "
+        "read to the end; crossed: shown to be outside. The line joins what is within and is "
+        "beaten by nothing else in both. Dashed: decode with next to nothing in the cache. "
+    )
+    measures = [(name, what) for name, what in found.measures.items()]
+    left = sorted(found.left.items())
+    parts = [
+        *(_paragraph(sentence) for sentence in found.told),
+        f"<figure>{frontiers.svg(found)}<figcaption>{escape(caption)}</figcaption></figure>",
+        _paragraph(f"Limits: {words.asked(found)}. {words.searched(found)}", "lead"),
+        _facts(measures),
+        _table(head, rows[:SHOWN]),
+    ]
+    if rows[SHOWN:]:
+        more = f"<details><summary>{len(rows) - SHOWN} more</summary>"
+        parts.append(f"{more}{_table(head, rows[SHOWN:])}</details>")
+    if left:
+        parts.append(f"<details><summary>{len(left)} that were not read</summary>"
+                     f"{_facts(left)}</details>")  # fmt: skip
+    return _section("frontier", "What keeps the quality", *parts)
+
+
 def _proof(proof: Proof) -> str:
     gain = proof.measured_gain
     predicted = Interval(proof.predicted_gain, proof.predicted_gain, proof.predicted_gain)
@@ -351,6 +399,8 @@ def page(report: Report) -> str:
     """The whole file as text."""
     css = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
     body = [_roofline(report), _time(report), _options(report)]
+    if report.frontier is not None:
+        body.append(_frontier(report.frontier))
     if report.proof is not None:
         body.append(_proof(report.proof))
     body += [_fits(report), _machine(report), _again(report)]

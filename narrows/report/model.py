@@ -125,6 +125,7 @@ class Frontier:
     cache first. best: name of what was chosen; single, stack: of the fastest within of each kind;
     all empty where there is none. told: what came of it, in sentences. judged: by what. error: p90
     of the predicted seconds, None where nothing is calibrated. left: what was not read, and why.
+    most: tokens a second with next to nothing in the cache, which no cache can pass.
     """
 
     limits: Mapping[str, float]
@@ -137,6 +138,7 @@ class Frontier:
     judged: str = ""
     error: float | None = None
     left: Mapping[str, str] = field(default_factory=dict[str, str])
+    most: float | None = None
 
     def of(self, name: str) -> Candidate:
         """A candidate by its name."""

@@ -9,85 +9,40 @@ The picture is an SVG that takes its colours from the page, so that it reads on 
 
 from __future__ import annotations
 
-import io
-import re
-from collections.abc import Mapping
-from html import escape
-from math import ceil, floor, inf, log10, pi, sqrt
+from math import inf, log10, pi, sqrt
 from typing import TYPE_CHECKING, Any
 
 from narrows.core.bound import Bound
-from narrows.core.errors import NarrowsError
 from narrows.core.machine import Machine
 from narrows.report import units, words
 from narrows.report.labels import Labels, width
+from narrows.report.picture import (
+    INK,
+    MUTED,
+    PAPER,
+    PHASES,
+    RULE,
+    blank,
+    decade,
+    drawn,
+    named,
+    ticks,
+)  # fmt: skip
 from narrows.report.points import Frame, Point, Roof, calibrated, frame, points, roofs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH, HEIGHT = 9.4, 5.7
-"""Inches at 72 points; the page scales it."""
-
-INK, MUTED, RULE, PAPER = "#010101", "#020202", "#030303", "#040404"
-PHASES = ("#0a0101", "#0a0202", "#0a0303", "#0a0404", "#0a0505")
-"""Stand-ins that become the page's colours: var(--ink), ..., var(--phase-1), ..."""
-
-VARIABLES = {
-    INK: "var(--ink)", MUTED: "var(--muted)", RULE: "var(--rule)", PAPER: "var(--paper)",
-    **{colour: f"var(--phase-{i + 1})" for i, colour in enumerate(PHASES)},
-}  # fmt: skip
-
-LIGHT = {
-    "ink": "#1b1f24", "muted": "#5d6670", "rule": "#d9dee3", "paper": "#ffffff",
-    "phase-1": "#0072b2", "phase-2": "#d55e00", "phase-3": "#007d5c", "phase-4": "#a6518a",
-    "phase-5": "#8a6d00",
-}  # fmt: skip
-DARK = {
-    "ink": "#e8eaed", "muted": "#9aa4ae", "rule": "#333a42", "paper": "#14171b",
-    "phase-1": "#56b4e9", "phase-2": "#f08a3c", "phase-3": "#35c49a", "phase-4": "#dd94c4",
-    "phase-5": "#e0c341",
-}  # fmt: skip
-"""Hues of Okabe and Ito (2008), told apart with every colour vision; lighter on dark."""
-
 LARGEST = 2600.0
 """Area in square points of a mark that takes all seconds."""
 
 
-def _ticks(axis: Any, low: float, high: float, show: Any) -> None:
-    """A tick for each decade, or fewer where there are many."""
-    first, last = ceil(log10(low)), floor(log10(high))
-    step = max(1, round((last - first + 1) / 8))
-    values = [10.0**d for d in range(first, last + 1, step)]
-    axis.set_ticks(values, [show(v) for v in values])
-    axis.set_ticks([], minor=True)
-
-
-def _decade(value: float) -> str:
-    """A power of ten in short: 0.01, 1, 1000, 10 G."""
-    if 1e-4 <= value <= 1e4:
-        return f"{value:g}"
-    number, _, prefix = units.si(value, "").partition(" ")
-    return f"{float(number):g} {prefix}"
-
-
 def _axes(box: Frame) -> tuple[Any, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=72)
-    figure.patch.set_visible(False)
-    axes = figure.add_axes((0.092, 0.1, 0.903, 0.89))
-    axes.patch.set_visible(False)
+    figure, axes = blank()
     axes.set(xscale="log", yscale="log", xlim=(box.left, box.right), ylim=(box.bottom, box.top))
-    _ticks(axes.xaxis, box.left, box.right, _decade)
-    _ticks(axes.yaxis, box.bottom, box.top, _decade)
-    axes.grid(color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in axes.spines:
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0, labelsize=10, labelcolor=MUTED, pad=6)
-    axes.set_xlabel("operations for each byte moved (FLOP/byte)", fontsize=10.5, color=MUTED)
-    axes.set_ylabel("operations a second (FLOP/s)", fontsize=10.5, color=MUTED)
+    ticks(axes.xaxis, box.left, box.right, decade)
+    ticks(axes.yaxis, box.bottom, box.top, decade)
+    named(axes, "operations for each byte moved (FLOP/byte)", "operations a second (FLOP/s)")
     return figure, axes
 
 
@@ -358,68 +313,8 @@ def svg(
     after: the bound with a technique, named in the legend. standalone: with its own colours, for
     light and for dark pages; without, it takes those of the page it stands in.
     """
-    try:
-        import matplotlib
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-    except ModuleNotFoundError as error:
-        raise NarrowsError(
-            "the roofline picture needs matplotlib: pip install 'narrows[report]'"
-        ) from error
-    chosen: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "narrows",
-        "font.family": "sans-serif",
-    }
-    with matplotlib.rc_context(chosen):
-        figure = Drawing(machine, bound, after, technique).draw()
-        buffer = io.StringIO()
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text, flags=re.S)
-    for stand_in, variable in VARIABLES.items():
-        text = text.replace(stand_in, variable)
-    # Text is set in the page's font: ours only measured it.
-    text = re.sub(r"font(?:-family)?: [^;\"]*'[^;\"]*;?", _size, text)
-    # Names that nothing refers to would clash with those of another picture in the page.
-    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if _needed(m[1], text) else "", text)
     hints = {**_hints(bound, "mark"), **(_hints(after, "after") if after else {})}
-    for gid, hint in hints.items():
-        text = text.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(hint)}</title>', 1)
-    head = (
-        f'<svg class="roofline" role="img" viewBox="0 0 {WIDTH * 72:g} {HEIGHT * 72:g}" '
-        f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
-        f"<title>{escape(describe(machine, bound, after))}</title>"
-    )
-    own = colours(".roofline") + FONT if standalone else ""
-    return f"{head}<style>{HALO}{own}</style>{text[text.index('>') + 1 :]}"
-
-
-def _size(style: re.Match[str]) -> str:
-    """Of a font, only its size."""
-    size = re.search(r"[\d.]+px", style[0])
-    return f"font-size: {size[0]};" if size else ""
-
-
-def _needed(name: str, text: str) -> bool:
-    return name.startswith(("mark-", "after-", "measured-")) or f"#{name}" in text
-
-
-HALO = (
-    ".roofline text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
-)
-
-
-def colours(selector: str) -> str:
-    """CSS that gives the pictures their colours, for light and for dark."""
-
-    def block(chosen: Mapping[str, str]) -> str:
-        return "".join(f"--{name}:{value};" for name, value in chosen.items())
-
-    dark = f"@media (prefers-color-scheme:dark){{{selector}{{{block(DARK)}}}}}"
-    return f"{selector}{{{block(LIGHT)}}}{dark}"
-
-
-FONT = (
-    ".roofline{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',sans-serif}"
-)
+    return drawn(
+        lambda: Drawing(machine, bound, after, technique).draw(), "roofline",
+        describe(machine, bound, after), hints, ("mark-", "after-", "measured-"), standalone,
+    )  # fmt: skip

@@ -25,19 +25,22 @@ if TYPE_CHECKING:
     from narrows.core.bound import Bound, PhaseBound
     from narrows.core.hierarchy import HierarchyRow
     from narrows.core.machine import Machine
-    from narrows.report.model import Option, Proof, Report
+    from narrows.report.model import Frontier, Option, Proof, Report
 
 BAR = 12
 """Characters of a share of 100 %."""
 
 
 __all__ = [
-    "bound", "calibration", "claim_teller", "here", "machine", "machines", "methods", "options",
-    "proof", "report", "validation", "verdicts",
+    "bound", "calibration", "claim_teller", "frontier", "here", "machine", "machines", "methods",
+    "options", "proof", "report", "validation", "verdicts",
 ]  # fmt: skip
 
 IDLE = 0.001
 """Gains closer to one than this change nothing; those are told below the table."""
+
+ROWS = 8
+"""Caches of a search that are shown: with what was said before, no more than a screen."""
 
 SHOWN = 3
 """Refused rows that are shown one by one."""
@@ -226,11 +229,42 @@ def _quality(console: Console, found: Proof) -> None:
     console.print(table)
 
 
+def frontier(console: Console, found: Frontier) -> None:
+    """A search of stacks: what came of it, and the rows that tell most."""
+    for sentence in found.told:
+        say(console, sentence)
+    wide = console.width >= WIDE
+    costs = [f">{name} lost" for name in found.limits] if wide else []
+    # intervals only where names of stacks keep their room
+    roomy = console.width >= WIDE - 30 + 26 * len(costs)
+    show = words.cost if roomy else lambda cost: f"{cost.value * 100:+.2f} %"
+    table = grid("cache", ">bytes", ">tokens/s", *costs, "verdict")
+    rows = words.ranked(found)
+    for c in rows[:ROWS]:
+        mark = words.mark(found, c.name)
+        style = "bold" if mark else "dim" if c.verdict == "outside" else ""
+        cells: list[object] = [
+            strong(c.name, style), units.count_bytes(c.bytes), units.number(c.speed),
+        ]  # fmt: skip
+        if wide:
+            cells += [show(c.costs[m]) if m in c.costs else "" for m in found.limits]
+        told = words.verdict(c) if c.verdict != "dense" else ""
+        table.add_row(*plain(*cells, f"{told} ({mark})" if mark else told))
+    console.print(table)
+    if len(rows) > ROWS:
+        inside = sum(words.shown_within(c) for c in rows[ROWS:])
+        say(console, f"{len(rows) - ROWS} more, {inside} of them within; --json gives all of them.")
+    say(console, f"Limits: {words.asked(found)}. {words.searched(found)}")
+
+
 def report(console: Console, told: Report) -> None:
     """The whole job, in the order it was done."""
     bound(console, told.bound)
     console.print()
-    options(console, told.options)
+    if told.frontier is None:
+        options(console, told.options)
+    else:
+        frontier(console, told.frontier)
     if told.proof is not None:
         console.print()
         proof(console, told.proof)
