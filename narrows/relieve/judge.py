@@ -52,7 +52,7 @@ RESOLUTION = 1e-5
 """Nats to which a mean loss is read: logits of about ten have an fp32 error of 1e-6, and sums in
 another order change several of them. No interval is narrower than this much spread gives."""
 
-NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e-?\d+)?(%?)")
+NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e-?\d+)?(%?)", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from math import log10
 from typing import Any
 
 from narrows.report import units, words
-from narrows.report.labels import Labels, width
+from narrows.report.labels import Box, Labels, width
 from narrows.report.model import Candidate, Frontier
 from narrows.report.picture import INK, MUTED, PAPER, PHASES, blank, drawn, named
 
@@ -106,7 +106,10 @@ class Drawing:
              (SINGLE, "outside", "outside")],
         ]  # fmt: skip
         wide = max(sum(width(text) + 30 for *_, text in row) for row in rows)
-        box = self.labels.corner(wide, 17.0 * len(rows) + 8)
+        # lower left: what is small and slow is rare, for fewer bytes are faster
+        f = self.labels.frame
+        box = Box(f.left + 4, f.bottom + 4, f.left + 4 + wide, f.bottom + 17.0 * len(rows) + 12)
+        self.labels.take(box.left, box.bottom, box.right, box.top)
         for i, row in enumerate(rows):
             x, y = box.left + 10, box.top - 14 - 17 * i
             for shape, verdict, text in row:
