@@ -123,12 +123,14 @@ class Judge:
         self,
         candidates: Mapping[str, KVTechnique],
         effort: Effort,
+        limits: Mapping[str, float],
         progress: Progress | None = None,
     ) -> dict[str, dict[str, Interval]]:
         """By candidate and metric: the share of dense quality that is lost, with intervals.
 
-        Candidates of one call share the reading of prompts; what was read of one before is not
-        read again.
+        limits: by metric; one that is shown to be outside a limit is not read for the metrics that
+        follow. Candidates of one call share the reading of prompts; what was read of one before is
+        not read again.
         """
         for name, technique in candidates.items():
             if name not in self._ready:
@@ -136,18 +138,22 @@ class Judge:
         told: dict[str, dict[str, Interval]] = {name: {} for name in candidates}
         count = {m: self._blocks(m, effort) for m in self.metrics}
         done, every = 0, sum(count.values())
+        names = list(candidates)
         for metric in self.metrics:
             for block in range(count[metric]):
                 if progress:
-                    progress(done / every, f"{metric} of {len(candidates)}, reading {block + 1}")
-                self._reads(metric, block, candidates)
+                    progress(done / every, f"{metric} of {len(names)}, reading {block + 1}")
+                self._reads(metric, block, names)
                 done += 1
             compare = more_perplexity if metric == "ppl" else fewer_right
             dense = self._all(DENSE, metric, count[metric])
-            for name in candidates:
+            for name in names:
                 told[name][metric] = compare(
                     dense, self._all(name, metric, count[metric]), 1 - (1 - CONFIDENCE) / len(LOOKS)
                 )
+            names = [n for n in names if told[n][metric].low <= limits[metric]]
+            if not names:
+                break
         return told
 
     def _blocks(self, metric: str, effort: Effort) -> int:

@@ -1,7 +1,7 @@
 """The fastest within limits of quality: the bound ranks, the reference model judges.
 
 All single techniques are priced and read a little; those that are plainly outside the limits are
-dropped, the others are paired. Then the fastest few of each kind are read further, together, for
+dropped (and not read for what else is limited), the others are paired. Then the fastest few of each kind are read further, together, for
 they share the reading of prompts: one that is shown to be outside is dropped, and so is one that
 is slower than one shown to be within. What is decided is read no further.
 """
@@ -107,7 +107,7 @@ def search(
     def look(some: Iterable[Priced], at: int, shown: Progress | None) -> list[Judged]:
         asked = {p.name: p for p in some}
         policies = {n: p.technique for n, p in asked.items() if p.technique is not None}
-        costs = judge.costs(policies, looks[at], shown) if policies else {}
+        costs = judge.costs(policies, looks[at], limits, shown) if policies else {}
         made = [
             Judged(p, costs[name], verdict(costs[name], limits), at > 0)
             for name, p in asked.items()
@@ -187,9 +187,12 @@ def _order(candidate: Priced) -> tuple[float, float]:
 
 
 def verdict(costs: Mapping[str, Interval], limits: Mapping[str, float]) -> str:
-    """Whether the costs are shown to be within all limits, shown to be outside one, or neither."""
-    if any(costs[name].low > limit for name, limit in limits.items()):
+    """Whether the costs are shown to be within all limits, shown to be outside one, or neither.
+
+    costs: of all that is limited, or of less where that shows it to be outside.
+    """
+    if any(found.low > limits[name] for name, found in costs.items()):
         return "outside"
-    if all(costs[name].high <= limit for name, limit in limits.items()):
+    if all(name in costs and costs[name].high <= limit for name, limit in limits.items()):
         return "within"
     return "undecided"

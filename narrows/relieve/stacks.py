@@ -68,6 +68,8 @@ def singles(case: Case, *models: Any) -> tuple[list[Priced], dict[str, str]]:
     for entry in index.built("technique"):
         made = index.load(entry.key)
         if not issubclass(made, KVTechnique):
+            if entry.folder == "kv":
+                left[entry.key] = "it changes how a prompt is read; caches are what is compared"
             continue
         try:
             ladder = made.ladder(case)

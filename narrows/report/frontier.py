@@ -46,7 +46,7 @@ class Drawing:
         self.figure, self.axes = blank()
         held = [log10(c.bytes) for c in found.candidates]
         speeds = [c.speed for c in found.candidates]
-        top = max([*speeds, *([found.most] if found.most is not None else [])])
+        top = max(*speeds, found.most or 0.0)
         wide = max(max(held) - min(held), 0.2)
         high = max(top - min(speeds), 0.02 * top)
         self.left, self.right = 10 ** (min(held) - 0.08 * wide), 10 ** (max(held) + 0.08 * wide)

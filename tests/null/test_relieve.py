@@ -138,6 +138,9 @@ def test_verdict(low: float, high: float, told: str) -> None:
     good = Interval(0.0, -0.001, 0.001)
     costs = {"ppl": good, "recall": Interval((low + high) / 2, low, high)}
     assert verdict(costs, {"ppl": 0.01, "recall": 0.01}) == told
+    del costs["ppl"]
+    known = told if told == "outside" else "undecided"
+    assert verdict(costs, {"ppl": 0.01, "recall": 0.01}) == known
 
 
 # --- the search ------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ class Fake:
     calls: list[tuple[str, ...]] = field(default_factory=list[tuple[str, ...]])
 
     def costs(
-        self, candidates: Mapping[str, Any], effort: Effort, progress: Any = None
+        self, candidates: Mapping[str, Any], effort: Effort, limits: Any, progress: Any = None
     ) -> dict[str, dict[str, Interval]]:
         self.calls.append(tuple(candidates))
         self.read += [(name, effort.prompts) for name in candidates]
