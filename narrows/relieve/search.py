@@ -1,9 +1,10 @@
 """The fastest within limits of quality: the bound ranks, the reference model judges.
 
-All single techniques are priced and read a little; those that are plainly outside the limits are
-dropped (and not read for what else is limited), the others are paired. Then the fastest few of each kind are read further, together, for
-they share the reading of prompts: one that is shown to be outside is dropped, and so is one that
-is slower than one shown to be within. What is decided is read no further.
+All single techniques are priced and read a little; those that are plainly outside a limit are
+dropped, and not read for what else is limited; the others are paired. Then the fastest few of each
+kind are read further, together, for they share the reading of prompts: one that is shown to be
+outside is dropped, and so is one that is slower than one shown to be within. What is decided is
+read no further.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class Judges(Protocol):
         self,
         candidates: Mapping[str, KVTechnique],
         effort: Effort,
+        limits: Mapping[str, float],
         progress: Progress | None = None,
     ) -> dict[str, dict[str, Interval]]: ...
 
