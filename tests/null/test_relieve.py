@@ -343,3 +343,63 @@ def test_text_is_read_packed_or_plain(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("größer", encoding="utf-8")
     (tmp_path / "a.txt.gz").write_bytes(gzip.compress("größer".encode()))
     assert within.read(tmp_path / "a.txt") == within.read(tmp_path / "a.txt.gz") == "größer"
+
+
+# --- the judge, and what cannot be applied ---------------------------------------------------
+
+
+def test_the_judge_reads_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[tuple[str, tuple[str, ...]]] = []
+
+    def losses(model: Any, policies: Any, ids: Any, context: int, scored: int, windows: int) -> Any:
+        assert len(ids) == windows * (context + scored + 1)
+        read.append(("ppl", tuple(policies)))
+        worse = {"bad": 0.5}
+        return {n: np.linspace(3, 3.1, windows) + worse.get(n, 0.0) for n in policies}
+
+    def answered(
+        model: Any, tokenizer: Any, policies: Any, text: Any, prompts: int, **_: Any
+    ) -> Any:
+        read.append(("recall", tuple(policies)))
+        return {n: np.ones((prompts, 16), bool) for n in policies}
+
+    monkeypatch.setattr(judge.quality, "losses", losses)
+    monkeypatch.setattr(judge.quality, "answered", answered)
+    text = np.arange(judge.ROWS * (judge.quality.TOKENS + 1) * 2)
+    made = judge.Judge(None, None, ("ppl", "recall"), text)
+    asked = {"good": KIVI(), "bad": SnapKV()}
+    limit = {"ppl": 0.01, "recall": 0.01}
+    told = made.costs(asked, Effort(8, 8), limit)
+    assert read == [("ppl", ("dense", "good", "bad")), ("recall", ("dense", "good"))]
+    assert told["bad"].keys() == {"ppl"}, "what is outside one limit is not read for another"
+    assert verdict(told["bad"], limit) == "outside"
+    read.clear()
+    again = made.costs({"good": KIVI()}, Effort(8, 8), limit)
+    assert read == []
+    assert again["good"] == told["good"]
+    more = made.costs({"good": KIVI(), "new": KIVI(4, 4)}, Effort(8, 16), limit)
+    assert read == [
+        ("ppl", ("new",)), ("ppl", ("dense", "good", "new")), ("recall", ("new",)),
+    ]  # fmt: skip
+    assert more["good"]["ppl"].high < told["good"]["ppl"].high
+
+
+def test_a_short_text_is_refused() -> None:
+    with pytest.raises(NarrowsError, match="at least"):
+        judge.Judge(None, None, ("ppl",), np.arange(1000))
+
+
+def test_what_cannot_be_applied_is_said() -> None:
+    from narrows.relieve.job import _refused
+
+    case = door.case("llama-3-8b", "h100-sxm", prompt=8192, generate=128, batch=8)
+    before = case.bound()
+    after = case.with_(SnapKV()).bound()
+
+    class Untrained(SnapKV):
+        def of(self, model: Any, state: Any = None) -> Any:
+            raise NarrowsError("train it first")
+
+    assert "no cache" in _refused(Named("gpipe"), None, before, after)  # type: ignore[arg-type]
+    assert "not in decode" in _refused(SnapKV(), None, before, before)
+    assert _refused(Untrained(), None, before, after) == "train it first"
