@@ -18,7 +18,7 @@ from narrows.relieve.judge import LOOKS, METRICS, SCORED, Judge, limits
 from narrows.relieve.proof import loaded, part, prove
 from narrows.relieve.search import Found, Judged, search
 from narrows.relieve.stacks import Priced, priced
-from narrows.report import units
+from narrows.report import units, words
 from narrows.report.model import Candidate, Frontier, Proof
 from narrows.target import REFERENCE, Target, resolve
 
@@ -169,9 +169,28 @@ def _sentences(told: Found, floor: Priced) -> list[str]:
         f"{units.times(faster)} as fast."
     )
     if fewer < FEWER or faster < FASTER:
-        room = single.priced.seconds / floor.seconds
+        why = _short(told, single, single.priced.seconds / floor.seconds)
         said.append(
-            f"That is not {units.times(FEWER)} and {units.times(FASTER)}: {least}, and "
-            f"{units.times(room)} as fast as {single.priced.name}."
+            f"That is not {units.times(FEWER)} and {units.times(FASTER)}: {why}; {least}, and "
+            f"{units.times(single.priced.seconds / floor.seconds)} as fast as {single.priced.name}."
         )
     return said
+
+
+def _short(told: Found, single: Judged, room: float) -> str:
+    """Why no stack gains as much as it should: it cannot, or those that do lose too much."""
+    if room < FASTER:
+        return f"no cache could be {units.times(FASTER)} as fast as that one"
+    enough = [
+        j
+        for j in told.judged
+        if j.priced.stacked
+        and single.priced.bytes / j.priced.bytes >= FEWER
+        and single.priced.seconds / j.priced.seconds >= FASTER
+    ]
+    if not enough:
+        return "none that was read would be, as predicted"
+    near = min(enough, key=lambda j: max(c.value / told.limits[m] if told.limits[m] else c.value
+                                         for m, c in j.costs.items()))  # fmt: skip
+    lost = ", ".join(f"{m} {words.cost(c)}" for m, c in near.costs.items())
+    return f"of those that would be, {near.priced.name} loses least ({lost}: {near.verdict})"

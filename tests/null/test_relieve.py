@@ -403,3 +403,21 @@ def test_what_cannot_be_applied_is_said() -> None:
     assert "no cache" in _refused(Named("gpipe"), None, before, after)  # type: ignore[arg-type]
     assert "not in decode" in _refused(SnapKV(), None, before, before)
     assert _refused(Untrained(), None, before, after) == "train it first"
+
+
+def test_why_a_stack_gains_less_is_told_in_figures() -> None:
+    cost = {"ppl": Interval(0.03, 0.02, 0.04)}
+    little = {"ppl": Interval(0.0, -0.001, 0.001)}
+    single = search.Judged(candidate("a", 2.0, 8.0), little, "within", True)
+    stack = search.Judged(candidate("a+b", 1.9, 6.0), little, "within", True)
+    harsh = search.Judged(candidate("a+c", 1.0, 2.0), cost, "outside", False)
+    made = search.Found(
+        candidate("dense", 4.0, 16.0), (single, stack, harsh), {"ppl": 0.01}, single, stack, {}
+    )
+    told = within._sentences(made, candidate("empty", 0.5))
+    assert told[1].endswith("holds 1.33× fewer bytes than it and decodes 1.05× as fast.")
+    assert "a+c loses least (ppl +3.00 % [2.00, 4.00]: outside)" in told[2]
+    assert "8.00× as fast as the dense one" in told[2]
+    told = within._sentences(made, candidate("empty", 1.8))
+    assert "no cache could be 1.30× as fast as that one" in told[2]
+    assert "1.11× as fast as a." in told[2]
