@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING, Any
 from narrows import door
 from narrows.core.errors import NarrowsError
 from narrows.kv._base import KVTechnique
-from narrows.relieve.limits import parsed
 from narrows.relieve.proof import ANSWERS, loaded, part, prove, with_recall
+from narrows.relieve.stacks import can_run
 from narrows.report.model import Proof, Report
 from narrows.target import REFERENCE, Target, resolve
 
 if TYPE_CHECKING:
     from narrows.core.bound import Bound
     from narrows.core.case import Case
+    from narrows.core.method import Technique
     from narrows.door import Option, Progress
 
 WORTH = 1.02
@@ -38,7 +39,7 @@ def relieve(
     prompt: int | None = None,
     generate: int = 128,
     batch: int | None = None,
-    within: Sequence[str] = (),
+    within: Iterable[str] = (),
     text: Path | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -51,15 +52,11 @@ def relieve(
     perplexity by; without it the model writes its own). prompt, batch: 4096 and 4, or 8192 and 8
     where stacks are searched.
     """
-    limits = parsed(within)
+    limits = list(within)
+    _check(limits, text, generate)
     usual = LOAD_OF_STACKS if limits else LOAD
     prompt = usual[0] if prompt is None else prompt
     batch = usual[1] if batch is None else batch
-    if text is not None and not limits:
-        raise NarrowsError("--text is what --within judges by: give a limit such as ppl=1% too")
-    if limits and generate < 1:
-        raise NarrowsError("stacks of cache techniques speed decode up: give --generate 1 or more")
-    written = None if text is None else _read(text)
     target = resolve(model)
     where = door.machine(machine, progress=part(progress, 0.0, 0.05 if limits else 0.3))
     case = door.case(model, where, prompt=prompt, generate=generate, batch=batch)
@@ -78,20 +75,20 @@ def relieve(
 
         floor = door.case(model, where, prompt=1, generate=generate, batch=batch)
         found, after, proof, frontier, applied = relieved(
-            target if here else None, case, floor, found, limits, written, notes, progress
+            target if here else None, case, floor, found, limits, text, notes, progress
         )
     else:
-        worth = [o for o in options if o.gain >= WORTH]
-        if not worth:
+        gains = [o for o in options if o.gain >= WORTH]
+        if not gains:
             notes.append("no technique built so far would gain 2 % or more on this case")
         elif here:
-            applied, found, after, proof = _proved(target, case, found, worth, notes, progress)
+            found, after, proof, applied = _proved(target, case, found, gains, notes, progress)
         else:
-            applied, after = worth[0].key, case.with_(worth[0].technique).bound()
+            applied, after = gains[0].key, case.with_(gains[0].technique).bound()
     if progress:
         progress(1.0, "writing the report")
-    asked = "".join(f" --within {limit}" for limit in within)
-    asked += "" if text is None else f" --text {shlex.quote(str(text))}"
+    asked = "".join(f" --within {shlex.quote(limit)}" for limit in limits)
+    asked += f" --text {shlex.quote(str(text))}" if text is not None else ""
     return Report(
         title=f"What limits {case.workload.name} on {where.title}",
         machine=where,
@@ -110,70 +107,78 @@ def relieve(
         frontier=frontier,
         notes=tuple(notes),
         commands=(
-            f"narrows relieve {model} --machine {machine} --prompt {prompt} "
-            f"--generate {generate} --batch {batch}{asked}",
+            f"narrows relieve {shlex.quote(model)} --machine {shlex.quote(machine)} "
+            f"--prompt {prompt} --generate {generate} --batch {batch}{asked}",
         ),
         versions=_versions(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
 
 
-def _read(text: Path) -> str:
-    """The text to judge by; NarrowsError where it cannot be read."""
-    try:
-        return text.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise NarrowsError(f"{text} cannot be read as text in UTF-8: {error}") from error
+def _check(limits: list[str], text: Path | None, generate: int) -> None:
+    """Raises NarrowsError for what a long job would otherwise stumble over at its end."""
+    if not limits and text is not None:
+        raise NarrowsError("--text is what quality is judged by: give --within ppl=1% with it")
+    if not limits:
+        return
+    from narrows.relieve import judge
+    from narrows.relieve.within import read
+
+    judge.limits(limits)
+    if generate < 1:
+        raise NarrowsError("stacks of cache techniques speed decode up: give --generate 1 or more")
+    if text is not None:
+        read(text)
 
 
 def _proved(
-    target: Target, case: Case, found: Bound, worth: Sequence[Option], notes: list[str],
+    target: Target, case: Case, found: Bound, gains: list[Option], notes: list[str],
     progress: Progress | None,
-) -> tuple[str, Bound, Bound | None, Proof | None]:  # fmt: skip
-    """Apply the best that can be, for real: decode in turn with the dense cache, then the quality.
+) -> tuple[Bound, Bound, Proof | None, str]:  # fmt: skip
+    """Apply the best technique that can be for real: decode in turn with the dense cache, quality.
 
-    worth: from the best on. Gives the key of what was applied, the bound with what was measured,
-    the bound with the technique, and the proof.
+    gains: best first. What cannot be applied and timed here is said in the notes, and the next
+    one taken; where none can, the best stays a prediction. Returns the bound with what was
+    measured, the bound with the technique, the proof, and the technique's key.
     """
     if progress:
         progress(0.3, "loading the model")
     model = loaded(target)
-    best = next((o for o in worth if _applies(o, model, notes)), None)
-    if best is None:
-        return "", found, None, None
-    technique = best.technique
-    assert isinstance(technique, KVTechnique)
-    after = case.with_(technique).bound()
+    for best in gains:
+        technique, after = best.technique, case.with_(best.technique).bound()
+        refused = _refused(technique, model, found, after)
+        if not refused:
+            assert isinstance(technique, KVTechnique)
+            break
+        notes.append(f"{best.key} was not applied: {refused}")
+    else:
+        return found, case.with_(gains[0].technique).bound(), None, gains[0].key
     found, proof = prove(
         model, case, found, after, technique, best.settings, notes, part(progress, 0.32, 0.6)
     )
     if target.name != REFERENCE:
         notes.append("quality was not measured: only the reference model has tasks with answers")
-        return best.key, found, after, proof
+        return found, after, proof, best.key
     prompt = int(case.workload.facts["prompt"])
     proof = with_recall(proof, model, target, technique, prompt, part(progress, 0.6, 0.99))
     notes.append(
         f"quality rests on {ANSWERS} answers a figure, in prompts of 2,048 tokens sampled from "
         "the model; the model card and the claims rest on thousands of answers in real text"
     )
-    return best.key, found, after, proof
+    return found, after, proof, best.key
 
 
-def _applies(option: Option, model: Any, notes: list[str]) -> bool:
-    """Whether this job can put a technique to work on the model; if not, why is noted."""
-    technique = option.technique
+def _refused(technique: Technique, model: Any, before: Bound, after: Bound) -> str:
+    """Why a technique cannot be applied and timed here; empty where it can."""
     if not isinstance(technique, KVTechnique):
-        notes.append(
-            f"{option.key} would gain {option.gain:.2f}x; it is no technique of caches, which this "
-            f"job measures: see narrows prove {option.key}"
-        )
-        return False
+        return "it is no cache that decode can be timed through, which is what is proved here"
+    if after.phase("decode").seconds * WORTH > before.phase("decode").seconds:
+        return "its gain is not in decode, which is what is timed here"
     try:
-        technique.of(model).store(model.config)
+        can_run(technique, model)
     except NarrowsError as error:
-        notes.append(f"{option.key} would gain {option.gain:.2f}x, but {error}")
-        return False
-    return True
+        return str(error)
+    return ""
 
 
 def _versions() -> Mapping[str, str]:

@@ -6,6 +6,7 @@ The bound is the fast judge: it says what each holds and how fast it decodes, be
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,22 +56,30 @@ def priced(case: Case, technique: KVTechnique | None = None) -> Priced:
     return Priced(technique, found, held, seconds, batch / seconds, phase.error)
 
 
-def singles(case: Case, model: Any) -> tuple[list[Priced], dict[str, str]]:
+def singles(case: Case, *models: Any) -> tuple[list[Priced], dict[str, str]]:
     """Every registered cache technique at every step of its ladder; and why others are not here.
 
-    model: that judges quality, on which every candidate must be able to run. Those that change
-    nothing about the case are left out too.
+    models: that judge quality or are to be run, on which every candidate must be able to run: one
+    that is to be trained for a model, and was not, is left out with what it asks for. Those that
+    change nothing about the case are left out too.
     """
     found: list[Priced] = []
     left: dict[str, str] = {}
     for entry in index.built("technique"):
         made = index.load(entry.key)
         if not issubclass(made, KVTechnique):
+            if entry.folder == "kv":
+                left[entry.key] = "it changes how a prompt is read; caches are what is compared"
             continue
-        for technique in made.ladder(case):
+        try:
+            ladder = made.ladder(case)
+        except NarrowsError as error:
+            left[entry.key] = str(error)
+            continue
+        for technique in ladder:
             assert isinstance(technique, KVTechnique), entry.key
             try:
-                technique.of(model).store(model.config)
+                can_run(technique, *models)
                 if case.with_(technique) is case:
                     left[spelled(technique)] = technique.why(case)
                     continue
@@ -80,16 +89,21 @@ def singles(case: Case, model: Any) -> tuple[list[Priced], dict[str, str]]:
     return found, left
 
 
-def pairs(case: Case, model: Any, parts: Iterable[Priced]) -> list[Priced]:
+def can_run(technique: KVTechnique, *models: Any) -> None:
+    """Raises NarrowsError where a technique cannot run on one of the models as it is."""
+    for model in models:
+        technique.of(model).store(model.config)
+
+
+def pairs(case: Case, parts: Iterable[Priced], *models: Any) -> list[Priced]:
     """Every stack of two of these that can be built: one chooses tokens, the other stores them."""
     techniques = [p.technique for p in parts if p.technique is not None and not p.stacked]
     found: list[Priced] = []
     for choose in techniques:
         for code in techniques:
-            try:
+            # those that do not go together, because one of them is no such part, are no stack
+            with suppress(NarrowsError):
                 stack = Stack(choose, code)
-                stack.of(model).store(model.config)
+                can_run(stack, *models)
                 found.append(priced(case, stack))
-            except NarrowsError:
-                continue  # they do not go together: one of them is no such part
     return found

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gzip
+import zlib
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from narrows.core.bound import Bound
 from narrows.core.case import Case
+from narrows.core.errors import NarrowsError
 from narrows.kv._base import KVTechnique
-from narrows.relieve.judge import FULL, Judge
-from narrows.relieve.limits import METRICS
+from narrows.relieve.judge import LOOKS, METRICS, SCORED, Judge, limits
 from narrows.relieve.proof import loaded, part, prove
 from narrows.relieve.search import Found, Judged, search
 from narrows.relieve.stacks import Priced, priced
-from narrows.report import units
+from narrows.report import units, words
 from narrows.report.model import Candidate, Frontier, Proof
 from narrows.target import REFERENCE, Target, resolve
 
@@ -28,27 +30,29 @@ FEWER, FASTER = 2.0, 1.3
 
 
 def relieved(
-    target: Target | None, case: Case, floor: Case, found: Bound, within: Mapping[str, float],
-    text: str | None, notes: list[str], progress: Progress | None,
+    target: Target | None, case: Case, floor: Case, found: Bound, given: list[str],
+    text: Path | None, notes: list[str], progress: Progress | None,
 ) -> tuple[Bound, Bound | None, Proof | None, Frontier, str]:  # fmt: skip
     """Search, choose, and where the target can be run apply and time.
 
     target: None where nothing is to be run. floor: the same load with next to no prompt, so that
-    what its decode takes is what no cache technique can save. text: to judge perplexity by; None:
-    the model writes its own. notes: are added to. Returns the bound with what was measured, the
-    bound of the chosen, the proof, the frontier, and the key of what was applied.
+    what its decode takes is what no cache technique can save. given: limits as text. notes: are
+    added to. Returns the bound with what was measured, the bound of the chosen, the proof, the
+    frontier, and the key of what was applied.
     """
+    within = limits(given)
     if progress:
         progress(0.06, "loading the reference model")
     reference = resolve(REFERENCE)
     model, judge = _judge(reference, within, text, part(progress, 0.06, 0.15))
+    chosen = model if target is None or target.name == REFERENCE else loaded(target)
     end = 0.8 if target is not None else 0.99
-    told = search(case, judge, within, part(progress, 0.15, end))
+    told = search(case, judge, within, part(progress, 0.15, end), models=[chosen])
     best = told.best
     frontier = _frontier(told, case, priced(floor), judge)
     notes.append(
         "quality is that of the reference model, in prompts of 2,048 tokens; "
-        + ("perplexity is of text that it wrote itself" if judge.written else "of the text given")
+        + ("perplexity is of text that it wrote itself" if judge.written else f"text: {text}")
     )
     if best is None:
         return found, None, None, frontier, ""
@@ -56,7 +60,6 @@ def relieved(
     assert technique is not None
     if target is None:
         return found, after, None, frontier, technique.key
-    chosen = model if target.name == REFERENCE else loaded(target)
     other = told.single if best is told.stack else told.stack
     beside: dict[str, KVTechnique] = {}
     if other is not None and other.priced.technique is not None:
@@ -71,15 +74,29 @@ def relieved(
 
 
 def _judge(
-    reference: Target, within: Mapping[str, float], text: str | None, progress: Progress | None
+    reference: Target, within: dict[str, float], text: Path | None, progress: Progress | None
 ) -> tuple[Any, Judge]:
     """The reference model, and the judge that reads with it."""
     from transformers import AutoTokenizer
 
     model = loaded(reference)
     tokenizer = AutoTokenizer.from_pretrained(reference.path)
-    ids = None if text is None else np.asarray(tokenizer(text)["input_ids"], np.int64)
+    ids = None
+    if text is not None:
+        ids = np.asarray(tokenizer(read(text))["input_ids"], np.int64)
     return model, Judge(model, tokenizer, within, ids, progress)
+
+
+def read(text: Path) -> str:
+    """A file as UTF-8; one that ends in .gz is unpacked.
+
+    Raises NarrowsError where it cannot be read so.
+    """
+    try:
+        written = text.read_bytes()
+        return (gzip.decompress(written) if text.suffix == ".gz" else written).decode()
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise NarrowsError(f"{text} cannot be read as text in UTF-8: {error}") from error
 
 
 def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
@@ -92,6 +109,7 @@ def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
     def named(found: Judged | None) -> str:
         return "" if found is None else found.priced.name
 
+    most = LOOKS[-1]
     candidates = (dense, *(_candidate(j) for j in told.judged))
     return Frontier(
         limits=told.limits,
@@ -101,8 +119,10 @@ def _frontier(told: Found, case: Case, floor: Priced, judge: Judge) -> Frontier:
         single=named(told.single),
         stack=named(told.stack),
         told=tuple(_sentences(told, floor)),
-        judged=f"{FULL.prompts * 16:,} answers and {FULL.windows * FULL.scored:,} tokens of text"
+        judged=f"up to {most.prompts * 16:,} answers and {most.windows * SCORED:,} tokens of text"
         + (" that the model wrote" if judge.written else ""),
+        left=dict(told.left),
+        most=floor.tokens_per_second,
         error=told.dense.error,
     )
 
@@ -149,9 +169,28 @@ def _sentences(told: Found, floor: Priced) -> list[str]:
         f"{units.times(faster)} as fast."
     )
     if fewer < FEWER or faster < FASTER:
-        room = single.priced.seconds / floor.seconds
+        why = _short(told, single, single.priced.seconds / floor.seconds)
         said.append(
-            f"That is not {units.times(FEWER)} and {units.times(FASTER)}: {least}, and "
-            f"{units.times(room)} as fast as {single.priced.name}."
+            f"That is not {units.times(FEWER)} and {units.times(FASTER)}: {why}; {least}, and "
+            f"{units.times(single.priced.seconds / floor.seconds)} as fast as {single.priced.name}."
         )
     return said
+
+
+def _short(told: Found, single: Judged, room: float) -> str:
+    """Why no stack gains as much as it should: it cannot, or those that do lose too much."""
+    if room < FASTER:
+        return f"no cache could be {units.times(FASTER)} as fast as that one"
+    enough = [
+        j
+        for j in told.judged
+        if j.priced.stacked
+        and single.priced.bytes / j.priced.bytes >= FEWER
+        and single.priced.seconds / j.priced.seconds >= FASTER
+    ]
+    if not enough:
+        return "none that was read would be, as predicted"
+    near = min(enough, key=lambda j: max(c.value / told.limits[m] if told.limits[m] else c.value
+                                         for m, c in j.costs.items()))  # fmt: skip
+    lost = ", ".join(f"{m} {words.cost(c)}" for m, c in near.costs.items())
+    return f"of those that would be, {near.priced.name} loses least ({lost}: {near.verdict})"

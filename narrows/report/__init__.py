@@ -9,9 +9,9 @@ tables.py                                what all tables share
 html.py       write, page                report.html
 style.css                                its looks, light and dark, screen and paper
 roofline.py   svg                        the roofline picture (matplotlib, imported when asked)
-points.py     points, roofs              what that picture shows
-frontier.py   svg                        bytes and speed of a search's candidates
-picture.py    rendered                   what the pictures share: colours, from figure to SVG
+frontier.py   svg                        bytes and speed of what a search of stacks read
+picture.py    drawn                      what the two share: colours, axes, a figure as SVG
+points.py     points, roofs              what the picture shows
 labels.py     Labels                     labels that keep apart
 bars.py                                  where the time goes, what fits, intervals
 """

@@ -1,189 +1,186 @@
-"""What caches hold and how fast they decode: every candidate of a search, and the best of them.
+"""The frontier of a search: what each cache holds, how fast it decodes, and whether it is within.
 
-x: bytes of the cache, a logarithm, fewer to the right. y: tokens a second of all requests. So the
-best is up and to the right; the line is how far those reach that are shown to be within the limits.
+x: bytes of the cache when all is generated. y: tokens a second of all requests, as predicted; so
+what is better lies to the upper left. Shape: a technique alone, or a stack. Filling: shown to be
+within the limits of quality, not decided, or crossed out; it can be told in grey as well. The line
+joins what is within and is beaten in both by nothing else that is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import log10
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from narrows.report import units
-from narrows.report.labels import Labels, width
+from narrows.report import units, words
+from narrows.report.labels import Box, Labels, width
 from narrows.report.model import Candidate, Frontier
-from narrows.report.picture import HEIGHT, INK, MUTED, PAPER, PHASES, RULE, WIDTH, rendered
+from narrows.report.picture import INK, MUTED, PAPER, PHASES, blank, drawn, named
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-COLOURS = {"dense": INK, "within": PHASES[2], "undecided": PHASES[1], "outside": MUTED}
-"""By verdict; shapes and fillings tell them apart without colour."""
-
-MEANING = {
-    "within": "within the limits", "undecided": "not decided", "outside": "outside",
-}  # fmt: skip
-
-RADIUS = 6.0
-"""Points of a mark."""
+WITHIN, OUTSIDE, OPEN = PHASES[2], PHASES[1], PHASES[0]
+SINGLE, STACK, DENSE = "o", "s", "D"
+MARK = 9.0
+"""Points across a mark."""
 
 
-def unbeaten(found: Frontier) -> list[Candidate]:
-    """Of the dense cache and those shown to be within: who holds less or is faster than each other.
+def best(found: Frontier) -> list[Candidate]:
+    """What is shown to be within and beaten in bytes and speed by nothing else; fewest bytes first.
 
-    By bytes, the largest cache first.
+    The dense cache is always within.
     """
-    known = [c for c in found.candidates if c.verdict == "dense" or proven(c)]
-    return sorted(
-        (
-            c for c in known
-            if not any(
-                o.bytes <= c.bytes and o.speed >= c.speed
-                and (o.bytes < c.bytes or o.speed > c.speed)
-                for o in known
-            )
-        ),
-        key=lambda c: -c.bytes,
-    )  # fmt: skip
+    known = [c for c in found.candidates if c.verdict == "dense" or words.shown_within(c)]
+
+    def beats(a: Candidate, b: Candidate) -> bool:
+        least = a.bytes <= b.bytes and a.speed >= b.speed
+        return least and (a.bytes, a.speed) != (b.bytes, b.speed)
+
+    return sorted((c for c in known if not any(beats(o, c) for o in known)), key=lambda c: c.bytes)
 
 
-def proven(candidate: Candidate) -> bool:
-    """Whether the full reading shows it to be within the limits."""
-    return candidate.verdict == "within" and candidate.thorough
+class Drawing:
+    """One picture while it is drawn."""
 
+    def __init__(self, found: Frontier) -> None:
+        self.found = found
+        self.figure, self.axes = blank()
+        held = [log10(c.bytes) for c in found.candidates]
+        speeds = [c.speed for c in found.candidates]
+        top = max(*speeds, found.most or 0.0)
+        wide = max(max(held) - min(held), 0.2)
+        high = max(top - min(speeds), 0.02 * top)
+        self.left, self.right = 10 ** (min(held) - 0.08 * wide), 10 ** (max(held) + 0.08 * wide)
+        self.axes.set_xscale("log")
+        self.axes.set(xlim=(self.left, self.right),
+                      ylim=(min(speeds) - 0.1 * high, top + 0.1 * high))  # fmt: skip
+        _ticks(self.axes, self.left, self.right)
+        named(self.axes, "bytes of the cache when all is generated", "tokens a second, predicted")
+        self.labels = Labels(self.axes, INK, MUTED)
 
-def _verdict(candidate: Candidate) -> str:
-    """As it is drawn: what a first look alone calls within is not decided."""
-    if candidate.verdict == "within" and not candidate.thorough:
-        return "undecided"
-    return candidate.verdict
+    def draw(self) -> Any:
+        """Everything, from the back to the front; what comes first takes its place first."""
+        self._ceiling()
+        line = best(self.found)
+        xs, ys = [c.bytes for c in line], [c.speed for c in line]
+        self.axes.plot(xs, ys, color=INK, linewidth=1.4, zorder=2)
+        for a, b in pairwise(line):
+            self.labels.line((a.bytes, b.bytes), (a.speed, b.speed))
+        for i, candidate in enumerate(self.found.candidates):
+            self._mark(i, candidate)
+        self._legend()
+        self._names()
+        return self.figure
 
+    def _ceiling(self) -> None:
+        """What no cache can pass: decode with next to nothing in it."""
+        most = self.found.most
+        if most is None:
+            return
+        self.axes.axhline(most, color=INK, linewidth=1.0, dashes=(4, 3), zorder=1.5)
+        self.labels.line((self.left, self.right), (most, most))
+        x, y = self.labels.pixel(self.left, most)
+        told = "with an empty cache"
+        self.labels.text(x + 8, y + 5, told, color=MUTED)
+        self.labels.take(x + 4, y - 2, x + 12 + width(told), y + 16)
 
-def _axes(found: Sequence[Candidate]) -> tuple[Any, Axes]:
-    from matplotlib.figure import Figure
+    def _mark(self, i: int, c: Candidate) -> None:
+        shape = DENSE if c.verdict == "dense" else STACK if c.stacked else SINGLE
+        _shape(self.axes, c.bytes, c.speed, shape, c.verdict if _told(c) else "open", f"cache-{i}")
+        self.labels.disc(c.bytes, c.speed, MARK / 2)
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=72)
-    figure.patch.set_visible(False)
-    axes = figure.add_axes((0.092, 0.1, 0.903, 0.89))
-    axes.patch.set_visible(False)
-    sizes, speeds = [c.bytes for c in found], [c.speed for c in found]
-    room = max((max(sizes) / min(sizes)) ** 0.08, 1.15)
-    axes.set(
-        xscale="log", xlim=(max(sizes) * room, min(sizes) / room**2),
-        ylim=(max(min(speeds) - 0.25 * (max(speeds) - min(speeds)), 0), 1.18 * max(speeds)),
-    )  # fmt: skip
-    decades = range(int(log10(min(sizes))) - 1, int(log10(max(sizes))) + 2)
-    marks = [
-        m * 10.0**d for d in decades for m in (1, 2, 5)
-        if min(sizes) / room**2 <= m * 10.0**d <= max(sizes) * room
-    ]  # fmt: skip
-    axes.xaxis.set_ticks(marks, [units.count_bytes(m).replace(".00", "") for m in marks])
-    axes.xaxis.set_ticks([], minor=True)
-    axes.grid(color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in axes.spines:
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0, labelsize=10, labelcolor=MUTED, pad=6)
-    axes.set_xlabel("bytes of the cache, fewer to the right", fontsize=10.5, color=MUTED)
-    axes.set_ylabel("tokens a second, predicted", fontsize=10.5, color=MUTED)
-    return figure, axes
+    def _names(self) -> None:
+        """The dense cache, and the best of each kind, with a line to its mark."""
+        f = self.found
+        for name, what in ((f.stack, "best stack"), (f.single, "best single one"), ("dense", "")):
+            if not name:
+                continue
+            c = f.of(name)
+            told = f"{units.count_bytes(c.bytes)}, {units.number(c.speed)} tokens/s"
+            told = f"{what}, {told}" if what else told
+            self.labels.callout([name, told], c.bytes, c.speed, MARK / 2)
 
-
-def _mark(axes: Axes, x: float, y: float, shape: str, verdict: str, gid: str = "") -> None:
-    filled = verdict in ("within", "dense")
-    colour = COLOURS[verdict]
-    axes.plot(
-        [x], [y], marker=shape, markersize=2 * RADIUS, linestyle="none", clip_on=False,
-        markerfacecolor=colour if filled else "none",
-        markeredgecolor=PAPER if filled else colour,
-        markeredgewidth=0.8 if filled else 1.5, alpha=1.0 if verdict != "outside" else 0.75,
-        zorder=4 if filled else 3, gid=gid or None,
-    )  # fmt: skip
-
-
-def _shape(candidate: Candidate) -> str:
-    if candidate.verdict == "dense":
-        return "D"
-    return "s" if candidate.stacked else "o"
-
-
-def draw(found: Frontier) -> Any:
-    """The picture as a matplotlib figure."""
-    figure, axes = _axes(found.candidates)
-    labels = Labels(axes, INK, MUTED)
-    for i, c in enumerate(found.candidates):
-        _mark(axes, c.bytes, c.speed, _shape(c), _verdict(c), f"mark-{i}")
-        labels.disc(c.bytes, c.speed, RADIUS)
-    _edge(axes, labels, unbeaten(found))
-    _legend(axes, labels, found)
-    best = [found.of(found.best)] if found.best else []
-    for c in best:
-        told = [
-            c.name, f"{units.count_bytes(c.bytes)}, {units.number(c.speed)} tokens a second",
-            "the fastest within the limits",
+    def _legend(self) -> None:
+        rows: list[list[tuple[str, str, str]]] = [
+            [(SINGLE, "", "alone"), (STACK, "", "stack"), (DENSE, "", "dense")],
+            [(SINGLE, "within", "within"), (SINGLE, "open", "not decided"),
+             (SINGLE, "outside", "outside")],
         ]  # fmt: skip
-        labels.callout(told, c.bytes, c.speed, RADIUS)
-    others = (found.of(n) for n in dict.fromkeys(("dense", found.single, found.stack)) if n)
-    for c in others:
-        if c not in best:
-            labels.mark(c.name, c.bytes, c.speed, RADIUS, COLOURS[_verdict(c)], must=True)
-    return figure
+        wide = max(sum(width(text) + 30 for *_, text in row) for row in rows)
+        # lower left: what is small and slow is rare, for fewer bytes are faster
+        f = self.labels.frame
+        box = Box(f.left + 4, f.bottom + 4, f.left + 4 + wide, f.bottom + 17.0 * len(rows) + 12)
+        self.labels.take(box.left, box.bottom, box.right, box.top)
+        for i, row in enumerate(rows):
+            x, y = box.left + 10, box.top - 14 - 17 * i
+            for shape, verdict, text in row:
+                dx, dy = self.labels.data(x, y)
+                _shape(self.axes, dx, dy, shape, verdict, "")
+                self.labels.text(x + 10, y - 3.5, text, color=MUTED)
+                x += width(text) + 30
 
 
-def _edge(axes: Axes, labels: Labels, best: Sequence[Candidate]) -> None:
-    """How far the unbeaten reach: all that holds more, or is slower, than one of them."""
-    (left, _), (bottom, _) = axes.get_xlim(), axes.get_ylim()
-    xs, ys = [left], [best[0].speed]
-    for c, after in zip(best, [*(b.speed for b in best[1:]), bottom], strict=True):
-        xs += [c.bytes, c.bytes]
-        ys += [c.speed, after]
-    axes.plot(xs, ys, color=PHASES[2], linewidth=1.1, zorder=2.5)
-    axes.fill_between(xs, ys, bottom, color=PHASES[2], alpha=0.07, linewidth=0)
-    for i in range(len(xs) - 1):
-        labels.line((xs[i], xs[i + 1]), (ys[i], ys[i + 1]))
+def _told(c: Candidate) -> bool:
+    """Whether a verdict is final: outside, or within by the further reading."""
+    return c.verdict in ("dense", "outside") or words.shown_within(c)
 
 
-def _legend(axes: Axes, labels: Labels, found: Frontier) -> None:
-    """Shapes, then verdicts, of those that are there."""
-    shapes = [("D", "dense", "dense")]
-    shapes += [("o", "within", "one technique")] if any(
-        not c.stacked and c.verdict != "dense" for c in found.candidates) else []  # fmt: skip
-    shapes += [("s", "within", "a stack of two")] if any(
-        c.stacked for c in found.candidates) else []  # fmt: skip
-    seen = {_verdict(c) for c in found.candidates}
-    rows = [shapes, [("o", v, told) for v, told in MEANING.items() if v in seen]]
-    wide = max(sum(width(text) + 26 for *_, text in row) for row in rows)
-    box = labels.corner(wide, 17.0 * len(rows) + 8)
-    for i, row in enumerate(rows):
-        x, y = box.left + 10, box.top - 14 - 17 * i
-        for shape, verdict, text in row:
-            dx, dy = labels.data(x, y)
-            _mark(axes, dx, dy, shape, verdict)
-            labels.text(x + 10, y - 3.5, text, color=COLOURS[verdict] if i else MUTED)
-            x += width(text) + 26
+def _shape(axes: Any, x: float, y: float, shape: str, verdict: str, gid: str) -> None:
+    """A mark: filled, hollow, or hollow and crossed."""
+    colour = {"within": WITHIN, "outside": OUTSIDE, "open": OPEN}.get(verdict, INK)
+    filled = verdict in ("within", "dense")
+    style = {"linestyle": "none", "clip_on": False, "zorder": 5 if filled else 4}
+    axes.plot(
+        [x], [y], marker=shape, markersize=MARK, markerfacecolor=colour if filled else "none",
+        markeredgecolor=PAPER if filled else colour, markeredgewidth=0.8 if filled else 1.5,
+        gid=gid or None, **style,
+    )  # fmt: skip
+    if verdict == "outside":
+        axes.plot([x], [y], marker="x", markersize=MARK * 0.6, markeredgecolor=colour,
+                  markeredgewidth=1.2, **style)  # fmt: skip
 
 
-def hint(found: Frontier, candidate: Candidate) -> str:
-    """What a candidate holds, how fast it is, and what it costs."""
-    told = (
-        f"{candidate.name}: {units.count_bytes(candidate.bytes)}, "
-        f"{units.number(candidate.speed)} tokens a second"
+def _ticks(axes: Any, low: float, high: float) -> None:
+    """Bytes at 1, 2 and 5 of each decade; speeds in short."""
+    from matplotlib.ticker import FuncFormatter
+
+    values = [m * 10.0**d for d in range(18) for m in (1, 2, 5)]
+    shown = [v for v in values if low <= v <= high]
+    axes.xaxis.set_ticks(shown, [f"{_short(v)}B" for v in shown])
+    axes.xaxis.set_ticks([], minor=True)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _short(y).strip()))
+
+
+def _short(value: float) -> str:
+    number, _, prefix = units.si(value, "").partition(" ")
+    return f"{float(number):g} {prefix}"
+
+
+def describe(found: Frontier) -> str:
+    """The picture in a sentence or two, for those who do not see it."""
+    tried = len(found.candidates) - 1
+    inside = sum(words.shown_within(c) for c in found.candidates)
+    return (
+        f"Bytes of the cache and predicted tokens a second of the dense cache and {tried} others, "
+        f"{inside} of them shown to be within the limits. {' '.join(found.told)}"
     )
-    for name, cost in candidate.costs.items():
-        told += (
-            f", {name} {units.signed(cost.value)} {units.span(cost.low, cost.high, units.signed)}"
+
+
+def hints(candidates: Sequence[Candidate]) -> dict[str, str]:
+    """What a pointer over a mark reads, by the id of the mark."""
+    told: dict[str, str] = {}
+    for i, c in enumerate(candidates):
+        costs = "".join(f", {m} {words.cost(v)}" for m, v in c.costs.items())
+        verdict = f": {words.verdict(c)}" if c.verdict != "dense" else ""
+        told[f"cache-{i}"] = (
+            f"{c.name}{verdict}, {units.count_bytes(c.bytes)}, {units.seconds(c.seconds)} a step, "
+            f"{units.number(c.speed)} tokens/s{costs}"
         )
-    return f"{told}, {MEANING.get(_verdict(candidate), _verdict(candidate))}"
+    return told
 
 
 def svg(found: Frontier, *, standalone: bool = False) -> str:
-    """The picture as SVG text; see picture.rendered."""
-    limits = ", ".join(f"{n} {units.percent(v)}" for n, v in found.limits.items())
-    title = (
-        f"Bytes of the cache and tokens a second of {len(found.candidates)} candidates; "
-        + (f"{found.best} is the fastest within {limits}." if found.best
-           else f"none is shown to be within {limits}.")
+    """The picture as SVG text. standalone: with its own colours, for light and for dark pages."""
+    return drawn(
+        lambda: Drawing(found).draw(), "frontier", describe(found), hints(found.candidates),
+        ("cache-",), standalone,
     )  # fmt: skip
-    hints = {f"mark-{i}": hint(found, c) for i, c in enumerate(found.candidates)}
-    return rendered("frontier", lambda: draw(found), title, hints, standalone=standalone)

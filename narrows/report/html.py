@@ -14,12 +14,17 @@ from pathlib import Path
 from narrows.core.bound import PhaseBound
 from narrows.core.errors import NarrowsError
 from narrows.core.resource import Kind
-from narrows.report import bars, frontier, roofline, units, words
-from narrows.report.model import Frontier, Interval, Proof, Report, ranked
+from narrows.report import bars, units, words
+from narrows.report import frontier as frontiers
+from narrows.report.model import Frontier, Interval, Proof, Report
 from narrows.report.picture import colours
 from narrows.report.points import calibrated
+from narrows.report.roofline import svg
 
 Row = Iterable[str]
+
+SHOWN = 12
+"""Rows of a search before the rest folds away."""
 
 
 def _table(head: Iterable[tuple[str, bool]], rows: Iterable[tuple[str, Row]]) -> str:
@@ -146,7 +151,7 @@ def _roofline(report: Report) -> str:
         caption += f"Dashed: the roof as it was measured to be reached ({told}). "
     else:
         caption += "This machine is not calibrated: the marks lie on its datasheet roof. "
-    picture = roofline.svg(report.machine, report.bound, report.after, report.technique)
+    picture = svg(report.machine, report.bound, report.after, report.technique)
     return _section(
         "roofline", "What the hardware allows",
         f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure>",
@@ -235,6 +240,49 @@ def _options(report: Report) -> str:
                     _table(head, rows))  # fmt: skip
 
 
+def _frontier(found: Frontier) -> str:
+    rows: list[tuple[str, Row]] = []
+    for c in words.ranked(found):
+        mark = words.mark(found, c.name)
+        told = words.verdict(c) if c.verdict != "dense" else ""
+        rows.append(
+            (
+                "best" if c.name == found.best else "",
+                (
+                    f"<b>{escape(c.name)}</b>" if mark else escape(c.name),
+                    units.count_bytes(c.bytes), units.seconds(c.seconds), units.number(c.speed),
+                    *(words.cost(c.costs[m]) if m in c.costs else "" for m in found.limits),
+                    escape(f"{told} ({mark})" if mark else told),
+                ),
+            )
+        )  # fmt: skip
+    head = (
+        ("cache", False), ("bytes", True), ("a step", True), ("tokens/s", True),
+        *((f"{m} lost", True) for m in found.limits), ("verdict", False),
+    )  # fmt: skip
+    caption = (
+        "Upper left is better. Filled: shown to be within the limits; hollow: not decided, or not "
+        "read to the end; crossed: shown to be outside. The line joins what is within and is "
+        "beaten by nothing else in both. Dashed: decode with next to nothing in the cache. "
+    )
+    measures = [(name, what) for name, what in found.measures.items()]
+    left = sorted(found.left.items())
+    parts = [
+        *(_paragraph(sentence) for sentence in found.told),
+        f"<figure>{frontiers.svg(found)}<figcaption>{escape(caption)}</figcaption></figure>",
+        _paragraph(f"Limits: {words.asked(found)}. {words.searched(found)}", "lead"),
+        _facts(measures),
+        _table(head, rows[:SHOWN]),
+    ]
+    if rows[SHOWN:]:
+        more = f"<details><summary>{len(rows) - SHOWN} more</summary>"
+        parts.append(f"{more}{_table(head, rows[SHOWN:])}</details>")
+    if left:
+        parts.append(f"<details><summary>{len(left)} that were not read</summary>"
+                     f"{_facts(left)}</details>")  # fmt: skip
+    return _section("frontier", "What keeps the quality", *parts)
+
+
 def _proof(proof: Proof) -> str:
     gain = proof.measured_gain
     predicted = Interval(proof.predicted_gain, proof.predicted_gain, proof.predicted_gain)
@@ -272,42 +320,6 @@ def _proof(proof: Proof) -> str:
         )
     parts.append(_paragraph(proof.note, "note"))
     return _section("proof", "The gain, measured", *parts)
-
-
-def _frontier(found: Frontier) -> str:
-    """Stacks within limits: the picture, what came of it, and every candidate's figures."""
-    caption = (
-        "Each mark is a candidate; the line is how far those reach that are within the limits. "
-        f"Bytes and speed are predicted; quality is read through each cache ({found.judged}), as "
-        "a share of what the dense cache reaches. Hollow: not shown to be within."
-    )
-    if found.error is not None:
-        caption += f" The p90 error of the speeds is {units.percent(found.error)}."
-    rows: list[tuple[str, Row]] = []
-    for c in ranked(found):
-        costs = [
-            f"{units.signed(c.costs[n].value)} "
-            f"<small>{units.span(c.costs[n].low, c.costs[n].high, units.signed)}</small>"
-            if n in c.costs else units.UNKNOWN
-            for n in found.limits
-        ]  # fmt: skip
-        rows.append(
-            (
-                "best" if c.name == found.best else "",
-                (f"<b>{escape(c.name)}</b>", units.count_bytes(c.bytes), units.number(c.speed),
-                 *costs, words.judged(c)),
-            )
-        )  # fmt: skip
-    head = (("cache", False), ("bytes", True), ("tokens a second", True),
-            *((f"{n} lost, at most {units.percent(v)}", True) for n, v in found.limits.items()),
-            ("", False))  # fmt: skip
-    meant = "; ".join(f"{name}: {told}" for name, told in found.measures.items())
-    return _section(
-        "frontier", "Stacks within the limits",
-        _paragraph(" ".join(found.told), "lead"),
-        f"<figure>{frontier.svg(found)}<figcaption>{escape(caption)}</figcaption></figure>",
-        _table(head, rows), _paragraph(f"{meant}.", "note"),
-    )  # fmt: skip
 
 
 def _fits(report: Report) -> str:

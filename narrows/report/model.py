@@ -123,7 +123,9 @@ class Frontier:
 
     limits: by measure, shares of dense quality. measures: what each means. candidates: the dense
     cache first. best: name of what was chosen; single, stack: of the fastest within of each kind;
-    all empty where there is none. told: what came of it, in sentences. judged: by what.
+    all empty where there is none. told: what came of it, in sentences. judged: by what. error: p90
+    of the predicted seconds, None where nothing is calibrated. left: what was not read, and why.
+    most: tokens a second with next to nothing in the cache, which no cache can pass.
     """
 
     limits: Mapping[str, float]
@@ -135,21 +137,12 @@ class Frontier:
     told: tuple[str, ...] = ()
     judged: str = ""
     error: float | None = None
+    left: Mapping[str, str] = field(default_factory=dict[str, str])
+    most: float | None = None
 
     def of(self, name: str) -> Candidate:
         """A candidate by its name."""
         return next(c for c in self.candidates if c.name == name)
-
-
-def ranked(found: Frontier) -> list[Candidate]:
-    """Candidates as people read them: the best of each kind, dense, then by verdict and speed."""
-    first = [n for n in dict.fromkeys((found.best, found.single, found.stack, "dense")) if n]
-    order = {"within": 0, "undecided": 1, "outside": 2}
-    rest = sorted(
-        (c for c in found.candidates if c.name not in first),
-        key=lambda c: (order[c.verdict], -c.thorough, -c.speed),
-    )
-    return [*(found.of(n) for n in first), *rest]
 
 
 @dataclass(frozen=True)

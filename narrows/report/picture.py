@@ -1,16 +1,22 @@
-"""What all pictures share: size, colours that are the page's, and the way from figure to SVG."""
+"""What the pictures of a report share: size, colours, axes, and how a figure becomes an SVG.
+
+A picture takes its colours from the page, so that it reads on white and on dark.
+"""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from html import escape
 from math import ceil, floor, log10
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from narrows.core.errors import NarrowsError
 from narrows.report import units
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 WIDTH, HEIGHT = 9.4, 5.7
 """Inches at 72 points; the page scales it."""
@@ -54,30 +60,48 @@ def decade(value: float) -> str:
     return f"{float(number):g} {prefix}"
 
 
-def rendered(
-    name: str,
-    draw: Callable[[], Any],
-    title: str,
-    hints: Mapping[str, str],
-    *,
-    standalone: bool = False,
-) -> str:
-    """A figure as SVG text that takes its colours from the page.
+def blank() -> tuple[Any, Axes]:
+    """A figure and its axes, with nothing but room for labels."""
+    from matplotlib.figure import Figure
 
-    name: the picture's class in the page. draw: makes the matplotlib figure. title: what is on
-    it, in a sentence, for those who do not see it. hints: what a pointer over a mark reads, by the
-    mark's gid. standalone: with colours of its own, for light and for dark pages.
+    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=72)
+    figure.patch.set_visible(False)
+    axes = figure.add_axes((0.092, 0.1, 0.903, 0.89))
+    axes.patch.set_visible(False)
+    return figure, axes
+
+
+def named(axes: Axes, x: str, y: str) -> None:
+    """Names of the axes, and a grid instead of a frame; after the scales are set."""
+    axes.grid(color=RULE, linewidth=0.7)
+    axes.set_axisbelow(True)
+    for side in axes.spines:
+        axes.spines[side].set_visible(False)
+    axes.tick_params(length=0, labelsize=10, labelcolor=MUTED, pad=6)
+    axes.set_xlabel(x, fontsize=10.5, color=MUTED)
+    axes.set_ylabel(y, fontsize=10.5, color=MUTED)
+
+
+def drawn(
+    draw: Callable[[], Any], kind: str, title: str, hints: Mapping[str, str],
+    kept: Iterable[str], standalone: bool = False,
+) -> str:  # fmt: skip
+    """A figure as SVG text.
+
+    draw: makes the figure. kind: class of the element. title: what it shows, in words. hints: what
+    a pointer over a mark reads, by the mark's gid. kept: how names begin that stay. standalone:
+    with its own colours, for light and for dark pages; else it takes those of its page.
     """
     try:
         import matplotlib
         from matplotlib.backends.backend_svg import FigureCanvasSVG
     except ModuleNotFoundError as error:
         raise NarrowsError(
-            f"the {name} picture needs matplotlib: pip install 'narrows[report]'"
+            f"the {kind} picture needs matplotlib: pip install 'narrows[report]'"
         ) from error
     chosen: dict[Any, Any] = {
         "svg.fonttype": "none",
-        "svg.hashsalt": "narrows",
+        "svg.hashsalt": f"narrows {kind}",  # names of two pictures in a page never clash
         "font.family": "sans-serif",
     }
     with matplotlib.rc_context(chosen):
@@ -90,33 +114,37 @@ def rendered(
         text = text.replace(stand_in, variable)
     # Text is set in the page's font: ours only measured it.
     text = re.sub(r"font(?:-family)?: [^;\"]*'[^;\"]*;?", _size, text)
-    # Names that nothing refers to would clash with those of another picture in the page; the
-    # others are hashes of what they name.
-    text = re.sub(r' id="([^"]*)"', lambda m: m[0] if _needed(m[1], text) else "", text)
+    # Names that nothing refers to would clash with those of another picture in the page.
+    begins = tuple(kept)
+
+    def own(name: re.Match[str]) -> str:
+        return name[0] if name[1].startswith(begins) or f"#{name[1]}" in text else ""
+
+    text = re.sub(r' id="([^"]*)"', own, text)
     for gid, hint in hints.items():
         text = text.replace(f'<g id="{gid}">', f'<g id="{gid}"><title>{escape(hint)}</title>', 1)
     head = (
-        f'<svg class="{name} picture" role="img" viewBox="0 0 {WIDTH * 72:g} {HEIGHT * 72:g}" '
+        f'<svg class="{kind}" role="img" viewBox="0 0 {WIDTH * 72:g} {HEIGHT * 72:g}" '
         f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink">'
         f"<title>{escape(title)}</title>"
     )
-    own = colours(".picture") + FONT if standalone else ""
-    return f"{head}<style>{HALO}{own}</style>{text[text.index('>') + 1 :]}"
+    style = (
+        f".{kind} text{{paint-order:stroke;stroke:var(--paper);stroke-width:3px;"
+        "stroke-linejoin:round}"
+    )
+    if standalone:
+        style += colours(f".{kind}")
+        style += (
+            f".{kind}{{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',"
+            "sans-serif}"
+        )
+    return f"{head}<style>{style}</style>{text[text.index('>') + 1 :]}"
 
 
 def _size(style: re.Match[str]) -> str:
     """Of a font, only its size."""
     size = re.search(r"[\d.]+px", style[0])
     return f"font-size: {size[0]};" if size else ""
-
-
-def _needed(name: str, text: str) -> bool:
-    return name.startswith(("mark-", "after-", "measured-")) or f"#{name}" in text
-
-
-HALO = (
-    ".picture text{paint-order:stroke;stroke:var(--paper);stroke-width:3px;stroke-linejoin:round}"
-)
 
 
 def colours(selector: str) -> str:
@@ -127,6 +155,3 @@ def colours(selector: str) -> str:
 
     dark = f"@media (prefers-color-scheme:dark){{{selector}{{{block(DARK)}}}}}"
     return f"{selector}{{{block(LIGHT)}}}{dark}"
-
-
-FONT = ".picture{font-family:system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',sans-serif}"

@@ -17,17 +17,17 @@ from narrows.core.machine import Machine
 from narrows.report import units, words
 from narrows.report.labels import Labels, width
 from narrows.report.picture import (
-    HEIGHT,
     INK,
     MUTED,
     PAPER,
     PHASES,
     RULE,
-    WIDTH,
+    blank,
     decade,
-    rendered,
+    drawn,
+    named,
     ticks,
-)
+)  # fmt: skip
 from narrows.report.points import Frame, Point, Roof, calibrated, frame, points, roofs
 
 if TYPE_CHECKING:
@@ -38,22 +38,11 @@ LARGEST = 2600.0
 
 
 def _axes(box: Frame) -> tuple[Any, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH, HEIGHT), dpi=72)
-    figure.patch.set_visible(False)
-    axes = figure.add_axes((0.092, 0.1, 0.903, 0.89))
-    axes.patch.set_visible(False)
+    figure, axes = blank()
     axes.set(xscale="log", yscale="log", xlim=(box.left, box.right), ylim=(box.bottom, box.top))
     ticks(axes.xaxis, box.left, box.right, decade)
     ticks(axes.yaxis, box.bottom, box.top, decade)
-    axes.grid(color=RULE, linewidth=0.7)
-    axes.set_axisbelow(True)
-    for side in axes.spines:
-        axes.spines[side].set_visible(False)
-    axes.tick_params(length=0, labelsize=10, labelcolor=MUTED, pad=6)
-    axes.set_xlabel("operations for each byte moved (FLOP/byte)", fontsize=10.5, color=MUTED)
-    axes.set_ylabel("operations a second (FLOP/s)", fontsize=10.5, color=MUTED)
+    named(axes, "operations for each byte moved (FLOP/byte)", "operations a second (FLOP/s)")
     return figure, axes
 
 
@@ -325,7 +314,7 @@ def svg(
     light and for dark pages; without, it takes those of the page it stands in.
     """
     hints = {**_hints(bound, "mark"), **(_hints(after, "after") if after else {})}
-    return rendered(
-        "roofline", lambda: Drawing(machine, bound, after, technique).draw(),
-        describe(machine, bound, after), hints, standalone=standalone,
+    return drawn(
+        lambda: Drawing(machine, bound, after, technique).draw(), "roofline",
+        describe(machine, bound, after), hints, ("mark-", "after-", "measured-"), standalone,
     )  # fmt: skip

@@ -15,7 +15,6 @@ from rich.text import Text
 
 from narrows import index
 from narrows.report import units, words
-from narrows.report.model import ranked
 from narrows.report.tables import WIDE, grid, plain, say, strong
 from narrows.report.verdicts import claim_teller, verdicts
 
@@ -40,8 +39,8 @@ __all__ = [
 IDLE = 0.001
 """Gains closer to one than this change nothing; those are told below the table."""
 
-TOLD = 10
-"""Candidates of a search that the terminal shows."""
+ROWS = 8
+"""Caches of a search that are shown: with what was said before, no more than a screen."""
 
 SHOWN = 3
 """Refused rows that are shown one by one."""
@@ -231,45 +230,40 @@ def _quality(console: Console, found: Proof) -> None:
 
 
 def frontier(console: Console, found: Frontier) -> None:
-    """What a search of stacks tried, the best first, and what came of it in sentences."""
-    limits = ", ".join(f"{name} {units.percent(v)}" for name, v in found.limits.items())
-    console.print(strong(f"Caches within {limits} of the dense one ({found.judged}):"))
+    """A search of stacks: what came of it, and the rows that tell most."""
+    for sentence in found.told:
+        say(console, sentence)
     wide = console.width >= WIDE
-    table = grid("cache", ">bytes", ">tokens/s", *(f">{n} lost" for n in found.limits), "")
-    order = ranked(found)
-    for c in order[:TOLD]:
-        costs = []
-        for name in found.limits:
-            cost = c.costs.get(name)
-            told = units.UNKNOWN if cost is None else units.signed(cost.value)
-            if cost is not None and wide:
-                told += f" {units.span(cost.low, cost.high, units.signed)}"
-            costs.append(told)
-        chosen = c.name == found.best
-        table.add_row(
-            *plain(
-                strong(words.broken(c.name), "bold" if chosen else ""),
-                units.count_bytes(c.bytes),
-                strong(units.number(c.speed), "bold green" if chosen else ""), *costs,
-                words.judged(c),
-            )
-        )  # fmt: skip
+    costs = [f">{name} lost" for name in found.limits] if wide else []
+    # intervals only where names of stacks keep their room
+    roomy = console.width >= WIDE - 30 + 26 * len(costs)
+    show = words.cost if roomy else lambda cost: f"{cost.value * 100:+.2f} %"
+    table = grid("cache", ">bytes", ">tokens/s", *costs, "verdict")
+    rows = words.ranked(found)
+    for c in rows[:ROWS]:
+        mark = words.mark(found, c.name)
+        style = "bold" if mark else "dim" if c.verdict == "outside" else ""
+        cells: list[object] = [
+            strong(c.name, style), units.count_bytes(c.bytes), units.number(c.speed),
+        ]  # fmt: skip
+        if wide:
+            cells += [show(c.costs[m]) if m in c.costs else "" for m in found.limits]
+        told = words.verdict(c) if c.verdict != "dense" else ""
+        table.add_row(*plain(*cells, f"{told} ({mark})" if mark else told))
     console.print(table)
-    if len(order) > TOLD:
-        say(console, f"{len(order) - TOLD} more are in the report.")
-    console.print()
-    say(console, *found.told)
-    if found.error is not None:
-        say(console, f"Speeds are predicted, p90 error {units.percent(found.error)}.")
+    if len(rows) > ROWS:
+        inside = sum(words.shown_within(c) for c in rows[ROWS:])
+        say(console, f"{len(rows) - ROWS} more, {inside} of them within; --json gives all of them.")
+    say(console, f"Limits: {words.asked(found)}. {words.searched(found)}")
 
 
 def report(console: Console, told: Report) -> None:
     """The whole job, in the order it was done."""
     bound(console, told.bound)
     console.print()
-    options(console, told.options)
-    if told.frontier is not None:
-        console.print()
+    if told.frontier is None:
+        options(console, told.options)
+    else:
         frontier(console, told.frontier)
     if told.proof is not None:
         console.print()

@@ -112,12 +112,6 @@ def percent(value: float | None) -> str:
     return f"{part:.1f} %" if abs(part) < 9.95 else f"{part:.0f} %"
 
 
-def signed(value: float) -> str:
-    """A small fraction in per cent to hundredths, with a sign below zero: "0.41 %", "−0.05 %"."""
-    told = f"{100 * value:.2f} %"
-    return told.replace("-", "−") if float(told[:-2]) else "0.00 %"
-
-
 def times(value: float | None) -> str:
     """A ratio: 2.31×, 12.4×, 130×."""
     special = _special(value)

@@ -9,7 +9,7 @@ from narrows.core.caches import FAULTS
 from narrows.core.machine import Machine
 from narrows.core.price import DISPATCH
 from narrows.report import units
-from narrows.report.model import Candidate, Interval, Option, Proof, Quality, Report
+from narrows.report.model import Candidate, Frontier, Interval, Option, Proof, Quality, Report
 
 MEMORIES = ("hbm", "gddr", "dram", "ddr", "sram", "memory", "flash")
 
@@ -157,20 +157,6 @@ def name(option: Option | Proof) -> str:
     return f"{option.key}:{option.settings}" if option.settings else option.key
 
 
-def broken(name: str) -> str:
-    """A technique or stack with spaces where a line may end."""
-    return name.replace("+", " + ").replace(",", ", ")
-
-
-def judged(candidate: Candidate) -> str:
-    """The verdict of a candidate of a search, in a word or two."""
-    if candidate.verdict == "within" and not candidate.thorough:
-        return "within at a first look"
-    return {"dense": "as it is", "undecided": "not decided"}.get(
-        candidate.verdict, candidate.verdict
-    )
-
-
 def widens(report: Report) -> str:
     """What would help most, predicted."""
     if not report.options:
@@ -232,3 +218,67 @@ def costs(proof: Proof) -> str:
     if len(proof.quality) > 1 and loss(row) > 0:
         told = f"Most was lost in {row.name}"
     return f"{told}: {value(row, row.dense)} before, {value(row, row.technique)} with it."
+
+
+def cost(found: Interval) -> str:
+    """A share of dense quality that is lost, with its interval, in per cent."""
+    return f"{found.value * 100:+.2f} % [{found.low * 100:.2f}, {found.high * 100:.2f}]"
+
+
+def shown_within(candidate: Candidate) -> bool:
+    """Whether the further reading showed it: a screening alone does not settle that."""
+    return candidate.verdict == "within" and candidate.thorough
+
+
+def verdict(candidate: Candidate) -> str:
+    """What is known of a candidate's quality, in a word or two."""
+    if candidate.verdict in ("dense", "outside") or candidate.thorough:
+        return candidate.verdict
+    return "only screened"
+
+
+def mark(found: Frontier, name: str) -> str:
+    """What a candidate came to in a search: chosen, the best of its kind, or nothing."""
+    told = [
+        what
+        for what, of in (("chosen", found.best), ("best single", found.single),
+                         ("best stack", found.stack))
+        if of == name
+    ]  # fmt: skip
+    return ", ".join(told)
+
+
+def ranked(found: Frontier) -> list[Candidate]:
+    """What a table shows of a search, most telling first.
+
+    The best of each kind and the dense cache; then what is within, what is open, what is outside,
+    the fastest of each first.
+    """
+    named = (found.best, found.single, found.stack)
+
+    def rank(c: Candidate) -> tuple[int, float]:
+        if c.verdict == "dense":
+            return 0, c.seconds
+        if c.name in named:
+            return 1, c.seconds
+        if shown_within(c):
+            return 2, c.seconds
+        return (4 if c.verdict == "outside" else 3), c.seconds
+
+    return sorted(found.candidates, key=rank)
+
+
+def asked(found: Frontier) -> str:
+    """The limits of a search: ppl at most 1.0 %, recall at most 1.0 %."""
+    return ", ".join(f"{name} at most {units.percent(v)}" for name, v in found.limits.items())
+
+
+def searched(found: Frontier) -> str:
+    """What a search did, and what its figures rest on."""
+    tried = len(found.candidates) - 1
+    error = "datasheet bounds" if found.error is None else f"p90 error {units.percent(found.error)}"
+    return (
+        f"{tried} caches read, {len(found.left)} left; bytes and speed are predicted ({error}), "
+        f"costs are shares of dense quality lost, on {found.judged}, with intervals that hold 95 % "
+        f"of the time over all looks."
+    )

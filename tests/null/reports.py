@@ -11,7 +11,7 @@ from narrows.core.machine import Machine
 from narrows.core.method import Price
 from narrows.core.plan import Plan
 from narrows.machines.load import load
-from narrows.report.model import Interval, Proof, Quality, Report
+from narrows.report.model import Candidate, Frontier, Interval, Proof, Quality, Report
 from narrows.trace.llm import llm
 from tests.null import toys
 
@@ -105,3 +105,33 @@ def bare() -> Report:
     known = {n: r for n, r in machine.resources.items() if n not in ("dram.capacity", "power")}
     machine = replace(machine, resources=known)
     return Report("A toy", machine, Case(toys.product(), machine).bound())
+
+
+def frontier() -> Frontier:
+    """A search of a dozen and a half caches: one single and one stack within, the rest not."""
+    little, much = Interval(0.002, -0.001, 0.006), Interval(0.2, 0.15, 0.25)
+    near = Interval(0.009, 0.001, 0.02)
+
+    def made(name: str, held: float, cost: Interval, verdict: str, thorough: bool) -> Candidate:
+        seconds = 2e-3 + held / 2e10
+        costs = {"ppl": cost, "recall": little}
+        return Candidate(name, "+" in name, held, seconds, 8 / seconds, costs, verdict, thorough)
+
+    dense = Candidate("dense", False, 2.7e8, 2e-3 + 2.7e8 / 2e10, 515.0, {}, "dense", True)
+    others = [
+        made(f"snapkv:ratio=0.{i}", 2.7e8 * (1 - i / 10), much, "outside", False)
+        for i in range(1, 10)
+    ]
+    stacks = [
+        made(f"snapkv:ratio=0.{i}+kivi", 5e7 * (1 - i / 10), near, "undecided", i % 2 == 0)
+        for i in range(1, 5)
+    ]
+    single = made("kivi:key_bits=8,value_bits=8", 7.7e7, little, "within", True)
+    stack = made("snapkv:ratio=0.5+kivi:key_bits=8", 3.9e7, little, "within", True)
+    return Frontier(
+        limits={"ppl": 0.01, "recall": 0.01},
+        measures={"ppl": f"perplexity {NASTY}", "recall": "x"},
+        candidates=(dense, single, *others, *stacks, stack), best=stack.name, single=single.name,
+        stack=stack.name, told=(f"The stack is best {NASTY}.",), judged="2,048 answers", error=0.1,
+        left={"locret": f"train it {NASTY}"}, most=4000.0,
+    )  # fmt: skip

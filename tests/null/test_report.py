@@ -229,3 +229,39 @@ def test_open_intervals_and_tiny_figures() -> None:
     assert expected((-inf, inf)) == "any figure"
     assert expected((0.0, 1e-12)) == "0 to 1e-12"
     assert units.figures(-inf) == "-∞"
+
+
+# --- the frontier ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [40, 60, 96, 120])
+def test_table_of_a_search_is_one_screen(width: int) -> None:
+    found = reports.frontier()
+    got = shown(lambda c: text.frontier(c, found), width)
+    joined = " ".join(got.split())
+    assert f"{len(found.candidates) - text.ROWS} more, 0 of them within" in joined
+    squeezed = "".join(got.split())
+    for needed in (found.best, found.single, "dense", "chosen", "bestsingle"):
+        assert needed.split(":")[0] in squeezed or width < 96, needed
+    assert "ppl at most 1.0 %" in joined
+    if width >= 96:
+        assert "+0.20 % [-0.10, 0.60]" in joined if width == 120 else "+0.20 %" in joined
+    if width == 120:
+        assert len(got.splitlines()) <= 24
+
+
+def test_what_was_only_screened_is_not_called_within() -> None:
+    found = reports.frontier()
+    one = replace(found.of(found.single), thorough=False)
+    assert words.verdict(one) == "only screened"
+    assert not words.shown_within(one)
+    assert words.verdict(replace(one, verdict="outside")) == "outside"
+
+
+def test_a_search_goes_to_json_whole() -> None:
+    import json
+    from dataclasses import asdict
+
+    told = json.loads(json.dumps(asdict(reports.frontier())))
+    assert len(told["candidates"]) == len(reports.frontier().candidates)
+    assert {"limits", "best", "single", "stack", "told", "left", "error", "most"} <= told.keys()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -12,9 +13,9 @@ import pytest
 pytest.importorskip("matplotlib", reason="the report extra is not installed")
 
 from narrows.core.errors import NarrowsError
-from narrows.report import html, roofline, units
-from narrows.report import picture as picture_module
+from narrows.report import frontier, html, roofline, units
 from narrows.report.labels import Box, Labels, width
+from narrows.report.picture import VARIABLES
 from narrows.report.points import frame, points, roofs
 from tests.null import reports
 
@@ -152,7 +153,7 @@ def test_the_picture_has_a_mark_for_each_op_class(picture: str) -> None:
 
 
 def test_the_picture_takes_the_colours_of_the_page(picture: str) -> None:
-    for stand_in in picture_module.VARIABLES:
+    for stand_in in VARIABLES:
         assert stand_in not in picture
     assert "var(--ink)" in picture
     assert "prefers-color-scheme:dark" in picture
@@ -199,3 +200,44 @@ def test_labels_keep_apart() -> None:
         for other in placed[i + 1 :]:
             assert box.overlap(other) <= 4
     assert width("ill") < width("mmm")
+
+
+# --- the frontier ----------------------------------------------------------------------------
+
+
+def test_the_frontier_has_a_mark_and_a_hint_for_each_cache() -> None:
+    found = reports.frontier()
+    drawn = frontier.svg(found, standalone=True)
+    ElementTree.fromstring(drawn)
+    for i, c in enumerate(found.candidates):
+        hint = re.search(rf'<g id="cache-{i}"><title>([^<]*)</title>', drawn)
+        assert hint is not None, c.name
+        assert units.count_bytes(c.bytes) in hint.group(1)
+    for stand_in in VARIABLES:
+        assert stand_in not in drawn
+    told = "".join(ElementTree.fromstring(drawn).itertext())
+    for needed in ("best stack", "best single one", "dense", "with an empty cache", "not decided"):
+        assert needed in told
+
+
+def test_the_frontier_line_joins_what_nothing_beats() -> None:
+    found = reports.frontier()
+    assert [c.name for c in frontier.best(found)] == [found.stack]
+    slower = replace(found.of(found.stack), name="small", bytes=1e6, speed=10.0)
+    more = replace(found, candidates=(*found.candidates, slower))
+    assert [c.name for c in frontier.best(more)] == ["small", found.stack]
+
+
+def test_a_search_that_found_nothing_is_drawn() -> None:
+    dense = reports.frontier().candidates[:1]
+    ElementTree.fromstring(frontier.svg(replace(reports.frontier(), candidates=dense, best="",
+                                                single="", stack="", most=None)))  # fmt: skip
+
+
+def test_the_page_with_both_pictures_is_whole_and_escaped() -> None:
+    page = html.page(replace(reports.whole(), frontier=reports.frontier()))
+    reader = read(page)
+    names = [value for _, name, value in reader.attributes if name == "id"]
+    assert len(names) == len(set(names)), "ids of two pictures do not clash"
+    assert "<script" not in page
+    assert "What keeps the quality" in page
