@@ -24,4 +24,5 @@ snapkv.py         SnapKV                  keeps the prompt tokens the last queri
 kivi.py           KIVI                    keys and values in 2 bits, recent ones in full
 bfp.py            BFP                     blocks that share an exponent, key channels sorted
 instinfer.py      InstInfer               attention inside drives, over flash pages (instinfer_*.py)
+alisa.py          ALISA, schedule         recent and lately important tokens, the rest elsewhere
 """
