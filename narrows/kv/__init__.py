@@ -18,6 +18,7 @@ ragged.py         Ragged                  heads that hold unequal numbers of tok
 attend_packed.py  packed, dense, merge    attention over codes as they lie (attend_packed.c)
 select_torch.py   window_votes, top       votes for tokens, and the choice among them
 _coded.py         in_full, coded          a coded cache as a workload sees it
+_zipvl_case.py        sparse                  attention among some tokens as a workload sees it
 
 One system a file, beside its own siblings:
 snapkv.py         SnapKV                  keeps the prompt tokens the last queries look at
@@ -25,4 +26,5 @@ kivi.py           KIVI                    keys and values in 2 bits, recent ones
 bfp.py            BFP                     blocks that share an exponent, key channels sorted
 instinfer.py      InstInfer               attention inside drives, over flash pages (instinfer_*.py)
 alisa.py          ALISA, schedule         recent and lately important tokens, the rest elsewhere
+zipvl.py          ZipVL                   prefill among important tokens, which get more bits
 """
