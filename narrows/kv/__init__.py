@@ -27,4 +27,5 @@ bfp.py            BFP                     blocks that share an exponent, key cha
 instinfer.py      InstInfer               attention inside drives, over flash pages (instinfer_*.py)
 alisa.py          ALISA, schedule         recent and lately important tokens, the rest elsewhere
 zipvl.py          ZipVL                   prefill among important tokens, which get more bits
+kvprediction.py   KVPrediction            a small model reads the prompt and predicts the cache
 """
