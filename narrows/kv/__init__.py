@@ -28,4 +28,5 @@ instinfer.py      InstInfer               attention inside drives, over flash pa
 alisa.py          ALISA, schedule         recent and lately important tokens, the rest elsewhere
 zipvl.py          ZipVL                   prefill among important tokens, which get more bits
 kvprediction.py   KVPrediction            a small model reads the prompt and predicts the cache
+locret.py         Locret                  trained heads choose while a prompt is read in chunks
 """
