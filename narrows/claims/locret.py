@@ -101,7 +101,7 @@ def kept_tokens_are_those_of_the_definition() -> float:
     try:
         with technique.apply(model, made) as applied, torch.inference_mode():
             applied.model(ids)
-            positions = [s.positions() for s in stores(applied.cache)]
+            positions = [s.positions() for s in stores(_cache(applied))]
     finally:
         Heads.score = sound
     same = total = 0
@@ -127,6 +127,11 @@ def logits_when_the_budget_holds_the_prompt() -> Figure:
     return Figure(fits, details={"at a budget of 64": evicting})
 
 
+def _cache(applied: Any) -> Any:
+    """The latest cache of a model at work."""
+    return applied.cache
+
+
 def _difference(budget: int) -> float:
     import torch
 
@@ -136,7 +141,7 @@ def _difference(budget: int) -> float:
         dense = model(torch.cat([ids, more], 1)).logits[:, 299:]
         with technique.apply(model, made) as applied:
             first = applied.model(ids).logits[:, -1:]
-            rest = applied.model(more, past_key_values=applied.cache).logits
+            rest = applied.model(more, past_key_values=_cache(applied)).logits
     return float((torch.cat([first, rest], 1) - dense).abs().max())
 
 
@@ -160,11 +165,11 @@ def most_tokens_held_at_any_time() -> Figure:
         sound(self, *args)
         most.append(self.held)
 
-    Store.append = watched
+    Store.append = watched  # pyright: ignore[reportAttributeAccessIssue]
     try:
         with technique.apply(model, made) as applied, torch.inference_mode():
             applied.model(ids)
-            left = stores(applied.cache)[0].held
+            left = stores(_cache(applied))[0].held
     finally:
         Store.append = sound
     return Figure(

@@ -17,10 +17,10 @@ tier.py           Device, Host, Drive     where bytes live, what it costs to fet
 ragged.py         Ragged                  heads that hold unequal numbers of tokens
 attend_packed.py  packed, dense, merge    attention over codes as they lie (attend_packed.c)
 select_torch.py   window_votes, top       votes for tokens, and the choice among them
-_coded.py         in_full, coded          a coded cache as a workload sees it
-_zipvl_case.py        sparse                  attention among some tokens as a workload sees it
+_coded.py         Coding, coded, in_full  a coded cache as a workload sees it
+native.py         library, shared         C loops built for one shape and processor (pack_affine.c)
 
-One system a file, beside its own siblings:
+One system a file, beside its own siblings (KEY_*.py, and _KEY_case.py: what it makes of a case):
 snapkv.py         SnapKV                  keeps the prompt tokens the last queries look at
 kivi.py           KIVI                    keys and values in 2 bits, recent ones in full
 bfp.py            BFP                     blocks that share an exponent, key channels sorted

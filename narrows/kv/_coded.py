@@ -53,7 +53,7 @@ def in_full(
     return found
 
 
-def coded(work: Workload, name: str, shares: Shares, bits: dict[str, float]) -> Workload:
+def coded(work: Workload, name: str, shares: Shares, bits: Mapping[str, Number]) -> Workload:
     """The workload with its cache in codes of so many bits (scales included) by key and value.
 
     shares: see in_full. The same workload where the cache is coded so already.
@@ -64,7 +64,7 @@ def coded(work: Workload, name: str, shares: Shares, bits: dict[str, float]) -> 
         if tensor is None or tensor.codec.name == name:
             continue
         full = tensor.codec.bits_per_element
-        mean: Any = min(bits[what], full) * (1 - share) + full * share
+        mean: Any = np.minimum(bits[what], full) * (1 - share) + full * share
         changed[tensor.name] = tensor.with_(codec=Codec(name, mean))
     if not changed:
         return work
