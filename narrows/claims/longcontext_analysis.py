@@ -17,6 +17,7 @@ from typing import Any
 
 from narrows import index
 from narrows.core.bound import bound
+from narrows.core.case import Case
 from narrows.core.claim import Figure, Inconclusive, claim
 from narrows.core.errors import NarrowsError
 from narrows.core.method import Technique
@@ -404,7 +405,6 @@ def cache_bytes_here() -> Figure:
 def _bounds_here() -> dict[int, dict[str, float]]:
     """Predicted seconds of prefill and of one decode step on this machine, by tokens."""
     from narrows import door
-    from narrows.core.case import Case
     from narrows.core.plan import Plan
 
     try:
