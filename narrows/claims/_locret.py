@@ -12,7 +12,7 @@ from narrows.claims._snapkv import random_model, reference, unseen
 from narrows.core.claim import Inconclusive
 from narrows.core.errors import NarrowsError
 from narrows.kv._base import Policy, Prompt
-from narrows.kv.baselines import RandomEviction, WindowOnly
+from narrows.kv.baselines import KeyNorm, RandomEviction, WindowOnly
 from narrows.kv.locret import Locret
 from narrows.kv.snapkv import SnapKV
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from narrows.kv.locret_torch import Heads
+    from narrows.kv.locret_train import Sample
     from narrows.kv.store_torch import Store
 
 TOKENS, BUDGET, CHUNK, LOCAL = 2048, 256, 128, 32
@@ -87,6 +88,25 @@ class ChunkVotes(Policy):
         """Chosen already."""
 
 
+class LargeKeyNorm(Policy):
+    """KeyNorm the other way round: keys of large norm stay.
+
+    Which sign is the better rule depends on the model, and a rule worse than chance is no control.
+    """
+
+    def __init__(self, capacity: int, window: int) -> None:
+        self.capacity, self.window = capacity, window
+
+    def on_prefill_end(self, prompt: Prompt) -> torch.Tensor | None:
+        """See Policy."""
+        import torch
+
+        from narrows.kv.locret_torch import best
+
+        norm = prompt.keys.float().norm(dim=-1)
+        return best(norm, torch.ones_like(norm, dtype=torch.bool), self.window, self.capacity)
+
+
 def ours() -> Locret:
     """The paper's proportions at a budget of 256: chunks of half of it, stabilizers 5/12."""
     return Locret(BUDGET, CHUNK, BUDGET * 5 // 12, LOCAL)
@@ -117,6 +137,8 @@ def candidates() -> dict[str, Policy | None]:
         "h2o in chunks": ChunkVotes(BUDGET, LOCAL),
         "window in chunks": Chunked(WindowOnly(BUDGET, LOCAL)),
         "random in chunks": Chunked(RandomEviction(BUDGET, LOCAL)),
+        "small key norm in chunks": Chunked(KeyNorm(BUDGET, LOCAL)),
+        "large key norm in chunks": Chunked(LargeKeyNorm(BUDGET, LOCAL)),
     }
 
 
@@ -136,12 +158,18 @@ def recalled(task: str) -> Mapping[str, Any]:
     return quality.right(model, candidates(), batch)
 
 
+RULES = (
+    "heads", "small key norm", "large key norm", "the last tokens",
+    "the answers' own queries and keys before positions",
+)  # fmt: skip
+
+
 @cache
 def overlaps(shuffled: bool = False) -> Mapping[str, tuple[float, ...]]:
-    """Mean share of the labels' top 10 % found by heads, key norm and recency, on held-out prompts.
+    """Mean share of the labels' top 10 % that rules find, on held-out prompts, by layer.
 
-    Each value is (heads, key norm, last tokens), by layer. shuffled: the text's tokens in another
-    order for the heads, so that what they know of a place alone remains.
+    Each value is in the order of RULES. shuffled: the text's tokens in another order for the heads,
+    so that what they know of a place alone remains.
     """
     import torch
 
@@ -158,13 +186,32 @@ def overlaps(shuffled: bool = False) -> Mapping[str, tuple[float, ...]]:
                 scores = every.score(seen.layer, seen.module, seen.hidden[:, : given.text])
             if shuffled:
                 scores = scores[..., torch.from_numpy(rng.permutation(given.text))]
-            norm = -seen.keys[:, :, : given.text].float().norm(dim=-1)
+            norm = seen.keys[:, :, : given.text].float().norm(dim=-1)
             place = torch.arange(given.text).float().expand_as(scores)
-            row = [top_share(x, wanted) for x in (scores, norm, place)]
+            rules = (scores, -norm, norm, place, unplaced(seen, given))
+            row = [top_share(x, wanted) for x in rules]
             found.setdefault(f"layer {seen.layer}", []).append(row)
     return {
         n: tuple(float(x) for x in np.mean(rows, 0)) for n, rows in found.items()
     }  # fmt: skip
+
+
+def unplaced(seen: Prompt, given: Sample) -> torch.Tensor:
+    """Labels from queries and keys before positions: what is left of them without a place."""
+    import torch
+
+    from narrows.kv.locret_torch import labels
+
+    assert seen.hidden is not None
+    size = seen.keys.shape[-1]
+    with torch.inference_mode():
+        queries, keys = (
+            projection(seen.hidden[:, rows]).unflatten(-1, (-1, size)).transpose(1, 2)
+            for projection, rows in (
+                (seen.module.q_proj, given.rows), (seen.module.k_proj, slice(given.text)),
+            )
+        )  # fmt: skip
+        return labels(queries, keys, seen.scaling)
 
 
 def top_share(scores: torch.Tensor, wanted: torch.Tensor, share: float = 0.1) -> float:

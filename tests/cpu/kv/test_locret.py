@@ -7,9 +7,10 @@ import pytest
 import torch
 
 import narrows
-from narrows.claims._locret import slow_choice, slow_labels
+from narrows.claims._locret import LargeKeyNorm, slow_choice, slow_labels, unplaced
 from narrows.core.errors import NarrowsError
 from narrows.kv import locret_torch, saved
+from narrows.kv._base import Prompt
 from narrows.kv.adapter import ATTENTION, KVCache, hidden_states, stores
 from narrows.kv.bfp import BFP
 from narrows.kv.chunked import prefill
@@ -60,6 +61,29 @@ def test_labels_are_the_slow_ones():
     queries, keys = (torch.randn(1, h, n, 8, generator=made) for h, n in ((6, 3), (2, 20)))
     wanted = slow_labels(queries[0].double().numpy(), keys[0].double().numpy(), 0.3)
     assert np.allclose(labels(queries, keys, 0.3)[0], wanted, atol=1e-5)
+
+
+def test_labels_without_positions_are_those_of_a_token_at_its_query():
+    from narrows.kv.locret_train import Sample, observed
+
+    model, ids = llama(2, 8, 2), prompt(1, 40)
+    model.set_attn_implementation(ATTENTION)
+    given = Sample(ids, 30, torch.tensor([12]))
+    with torch.inference_mode():
+        for seen, wanted in observed(model, given):
+            told = unplaced(seen, given)
+            assert told.shape == wanted.shape
+            torch.testing.assert_close(told[..., 12], wanted[..., 12], rtol=1e-4, atol=1e-4)
+            assert not torch.allclose(told, wanted, atol=1e-3)
+
+
+def test_large_key_norms_and_the_last_tokens_stay():
+    keys = torch.tensor([1.0, 9, 2, 8, 3, 0, 0])[None, None, :, None]
+    seen = Prompt(0, keys, keys, keys, None, 1.0)
+    slots = LargeKeyNorm(4, 2).on_prefill_end(seen)
+    assert slots is not None
+    assert slots.tolist() == [[[1, 3, 5, 6]]]
+    assert LargeKeyNorm(7, 2).on_prefill_end(seen) is None
 
 
 def test_the_loss_smooths():
