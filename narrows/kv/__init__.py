@@ -15,7 +15,7 @@ body.py           Body, Tail, Segment     tokens in a codec and a tier; recent t
 codec.py          Codec, Affine, Packed   how an element is written: bits, a minimum and a scale
 tier.py           Device, Host, Drive     where bytes live, what it costs to fetch them, counted
 ragged.py         Ragged                  heads that hold unequal numbers of tokens
-lowrank.py        LowRank                 a codec of few channels, of a rank of their own in each head
+lowrank.py        LowRank                 a codec of few channels, each head of a rank of its own
 attend_packed.py  packed, dense, merge    attention over codes as they lie (attend_packed.c)
 select_torch.py   window_votes, top       votes for tokens, and the choice among them
 _coded.py         Coding, coded, in_full  a coded cache as a workload sees it
