@@ -153,7 +153,7 @@ def test_methods_lists_all_systems():
         ("bound", "llama-3-8b", "--machine", "h100-sxm", "--colour"),
         ("machine", "h100"),
         ("apply", "llama-3-8b", "--with", "snapkv", "--save", "x"),
-        ("apply", "reference", "--with", "alisa", "--save", "x"),
+        ("apply", "reference", "--with", "distserve", "--save", "x"),
         ("apply", "reference", "--with", "snapkv:size=3", "--save", "x"),
         ("apply", "reference", "--with", "snapkv:capacity", "--save", "x"),
         ("apply", "reference", "--with", "fusemax", "--save", "x"),
