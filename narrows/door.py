@@ -207,10 +207,15 @@ def parameters(method: type[Any]) -> dict[str, inspect.Parameter]:
 
 
 def _given(technique: Technique, whole: bool = False) -> str:
-    """Settings that differ from the defaults (or all), as `--with` takes them."""
+    """Settings that differ from the defaults (or all), as `--with` takes them.
+
+    What cannot be typed (a plan, a drive) is left out: it is given in Python.
+    """
     parts: list[str] = []
     for name, parameter in parameters(type(technique)).items():
         value = getattr(technique, name, parameter.default)
+        if not isinstance(value, bool | int | float | str | tuple | None):
+            continue
         if whole or value != parameter.default:
             parts.append(f"{name}={_text(value)}")
     return ",".join(parts)

@@ -242,7 +242,7 @@ def slow_choice(scores: np.ndarray, technique: Locret, lengths: list[int]) -> li
         last = i == len(lengths) - 1
         forced = set(held[-(technique.local if last else technique.stabilizers) :])
         order = sorted(held, key=lambda p: (p not in forced, -scores[p], p))
-        held = sorted(order[: technique.budget_tokens])
+        held = sorted(order[: technique.capacity])
     return held
 
 

@@ -31,7 +31,7 @@ from narrows.kv.locret import Locret
 from narrows.kv.snapkv import KEYS, VALUES
 
 CARD = "systems/kv_cache.md, card locret, works when"
-PAPER_DEFAULTS = {"budget": 6000, "chunk": 3072, "stabilizers": 2500, "local": 100}
+PAPER_DEFAULTS = {"capacity": 6000, "chunk": 3072, "stabilizers": 2500, "local": 100}
 """Of the official code's settings for Phi-3-mini-128K."""
 
 
@@ -375,7 +375,7 @@ def _held(case: Any) -> float:
 )  # fmt: skip
 def memory_on_a_4090() -> Figure:
     """Fits 24 GB; details give the activations of a chunk."""
-    case = _at_128k(Locret(budget=16384))
+    case = _at_128k(Locret(capacity=16384))
     (level,) = case.bound().phase("prefill").levels
     return Figure(_held(case), details={
         "activations, GB": float(level.parts["activation"]) / 1e9, "fits": str(level.fits),
@@ -416,4 +416,4 @@ def compression_at_the_default_budget() -> float:
 )  # fmt: skip
 def compression_at_16k() -> float:
     """Bytes of the prompt's cache, derived."""
-    return _cache_ratio(Locret(budget=16384))
+    return _cache_ratio(Locret(capacity=16384))

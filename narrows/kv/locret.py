@@ -47,10 +47,11 @@ WIDTH = 1024
 
 
 class Locret(KVTechnique):
-    """Keeps `budget` tokens of a prompt in every layer and KV head, while it is read.
+    """Keeps `capacity` tokens of a prompt in every layer and KV head, while it is read.
 
-    budget: tokens kept after each chunk. chunk: tokens read at a time. stabilizers: last tokens
-    that stay on every chunk but the last. local: last tokens of the prompt, never evicted.
+    capacity: tokens kept after each chunk, the paper's budget. chunk: tokens read at a time.
+    stabilizers: last tokens that stay on every chunk but the last. local: last tokens of the
+    prompt, never evicted.
     """
 
     key = "locret"
@@ -63,32 +64,32 @@ class Locret(KVTechnique):
     )
 
     def __init__(
-        self, budget: int = 6000, chunk: int = 3072, stabilizers: int = 2500, local: int = 100
+        self, capacity: int = 6000, chunk: int = 3072, stabilizers: int = 2500, local: int = 100
     ) -> None:
-        given = {"budget": budget, "chunk": chunk, "stabilizers": stabilizers, "local": local}
+        given = {"capacity": capacity, "chunk": chunk, "stabilizers": stabilizers, "local": local}
         for name, value in given.items():
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
                 raise NarrowsError(
                     f"locret: {name} must be a whole number of tokens from 1 up, not {value!r}"
                 )
-        if not local <= stabilizers < budget:
+        if not local <= stabilizers < capacity:
             raise NarrowsError(
-                "locret: local <= stabilizers < budget is needed, as all of them are kept; they "
-                f"are {local}, {stabilizers} and {budget}"
+                "locret: local <= stabilizers < capacity is needed, as all of them are kept; they "
+                f"are {local}, {stabilizers} and {capacity}"
             )
-        self.budget_tokens, self.chunk = int(budget), int(chunk)
+        self.capacity, self.chunk = int(capacity), int(chunk)
         self.stabilizers, self.local = int(stabilizers), int(local)
         self.trained = ""  # a digest of the heads, so that saved caches tell heads apart
         self._heads: Heads | None = None
         self._scores: WeakKeyDictionary[Store, torch.Tensor] = WeakKeyDictionary()
 
     @classmethod
-    def scaled(cls, budget: int) -> Locret:
-        """Another budget, the rest in the paper's proportions."""
-        part = budget / 6000
+    def scaled(cls, capacity: int) -> Locret:
+        """Another capacity, the rest in the paper's proportions."""
+        part = capacity / 6000
         stabilizers = max(1, int(2500 * part))
         local = min(stabilizers, max(32, int(100 * part)))
-        return cls(budget, max(1, int(3072 * part)), stabilizers, local)
+        return cls(capacity, max(1, int(3072 * part)), stabilizers, local)
 
     @classmethod
     def variants(cls, case: Case) -> tuple[Locret, ...]:
@@ -97,6 +98,12 @@ class Locret(KVTechnique):
         if eighth < 64 or eighth == 6000:
             return (cls(),)
         return cls(), cls.scaled(eighth)
+
+    def at(self, share: float) -> Locret:
+        """The same for prompts of 2,048 tokens, of which a share is kept."""
+        made = self.scaled(max(round(share * 2048), 64))
+        made._heads, made.trained = self._heads, self.trained
+        return made
 
     def of(self, model: Any, state: Heads | None = None) -> Locret:
         """With heads. state: what `fit` gave; None: its own, or those shipped for recall-lm."""
@@ -126,7 +133,7 @@ class Locret(KVTechnique):
 
     def budget(self, tokens: Number) -> Number:
         """Tokens kept of prompts of so many tokens."""
-        return np.minimum(tokens, self.budget_tokens)
+        return np.minimum(tokens, self.capacity)
 
     def on_prefill_chunk(self, chunk: Prompt, store: Store) -> torch.Tensor | None:
         """The best slots and those that stay; see Policy."""
@@ -145,7 +152,7 @@ class Locret(KVTechnique):
                 "copied or changed between two chunks; read the prompt again"
             )
         forced = self.local if chunk.last else self.stabilizers
-        slots = best(scores, real, forced, self.budget_tokens)
+        slots = best(scores, real, forced, self.capacity)
         if chunk.last:
             self._scores.pop(store, None)
         elif slots is None:
@@ -159,13 +166,13 @@ class Locret(KVTechnique):
         from narrows.kv.locret_torch import best
 
         tokens = prompt.keys.shape[2]
-        if tokens <= self.budget_tokens:
+        if tokens <= self.capacity:
             return None
         scores = self._score(prompt)
         real = scores.isfinite()
         if prompt.valid is not None:
             real = real & prompt.valid[:, None]
-        return best(scores, real, self.local, self.budget_tokens)
+        return best(scores, real, self.local, self.capacity)
 
     def predict(self, case: Case) -> Case:
         """The case with the prompt read in chunks over a cache of the budget; see _locret_case.
@@ -181,7 +188,7 @@ class Locret(KVTechnique):
         if made is case.workload:
             return case
         plan = case.plan.with_policy(
-            "evict", self.key, budget=self.budget_tokens, chunk=self.chunk,
+            "evict", self.key, capacity=self.capacity, chunk=self.chunk,
             stabilizers=self.stabilizers, local=self.local,
         )  # fmt: skip
         return replace(case, workload=made, plan=plan)
@@ -193,10 +200,10 @@ class Locret(KVTechnique):
         prompt = float(np.max(_locret_case.facts(case)["prompt"]))
         after = self.predict(case)
         if after is case:
-            return f"{prompt:.0f} tokens fit the budget of {self.budget_tokens}: nothing is evicted"
+            return f"{prompt:.0f} tokens fit the capacity of {self.capacity}: nothing is evicted"
         old, new = (float(np.max(c.workload.bytes("kv"))) for c in (case, after))
         return (
-            f"never holds more than {self.budget_tokens + int(self.chunk or 0)} of {prompt:.0f} "
+            f"never holds more than {self.capacity + int(self.chunk or 0)} of {prompt:.0f} "
             f"prompt tokens: the cache shrinks from {old / 1e9:.3g} to {new / 1e9:.3g} GB, and "
             "activations are of a chunk"
         )

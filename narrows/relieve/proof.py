@@ -127,7 +127,8 @@ def with_recall(
     share = float(technique.budget(prompt)) / prompt
     kept = round(share * quality.TOKENS)
     technique = technique.of(model)
-    policies = {"dense": None, technique.key: technique.at(share) if share < 1 else technique}
+    at = getattr(technique, "at", None)  # evicting ones say what a share of other prompts is
+    policies = {"dense": None, technique.key: at(share) if at and share < 1 else technique}
     spent = {"random": baselines.RandomEviction, "window only": baselines.WindowOnly}
     simpler = {name: made(kept) for name, made in spent.items()} if share < 1 else {}
     tokenizer = AutoTokenizer.from_pretrained(target.path)

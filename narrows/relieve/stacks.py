@@ -61,8 +61,9 @@ def singles(case: Case, *models: Any) -> tuple[list[Priced], dict[str, str]]:
 
     models: that judge quality or are to be run, on which every candidate must be able to run: one
     that is to be trained for a model, and was not, is left out with what it asks for. Those that
-    change nothing about the case are left out too.
+    change nothing about the case, or decode no faster, are left out too.
     """
+    dense = priced(case)
     found: list[Priced] = []
     left: dict[str, str] = {}
     for entry in index.built("technique"):
@@ -79,11 +80,18 @@ def singles(case: Case, *models: Any) -> tuple[list[Priced], dict[str, str]]:
         for technique in ladder:
             assert isinstance(technique, KVTechnique), entry.key
             try:
-                can_run(technique, *models)
                 if case.with_(technique) is case:
                     left[spelled(technique)] = technique.why(case)
                     continue
-                found.append(priced(case, technique))
+                one = priced(case, technique)
+                if one.seconds >= dense.seconds:
+                    left[spelled(technique)] = (
+                        f"a step would take {one.seconds / dense.seconds:.3g} times as long as "
+                        "with the dense cache"
+                    )
+                    continue
+                can_run(technique, *models)
+                found.append(one)
             except NarrowsError as error:
                 left[spelled(technique)] = str(error)
     return found, left

@@ -277,10 +277,10 @@ def test_predictions_follow_the_budget():
 @pytest.mark.parametrize(
     ("bad", "told"),
     [
-        ({"budget": 2500}, "local <= stabilizers < budget"),
-        ({"local": 3000}, "local <= stabilizers < budget"),
+        ({"capacity": 2500}, "local <= stabilizers < capacity"),
+        ({"local": 3000}, "local <= stabilizers < capacity"),
         ({"chunk": 0}, "chunk must be a whole number"),
-        ({"budget": "all"}, "budget must be a whole number"),
+        ({"capacity": "all"}, "capacity must be a whole number"),
         ({"stabilizers": True}, "stabilizers must be a whole number"),
         ({"local": 1.5}, "local must be a whole number"),
     ],
