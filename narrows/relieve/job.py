@@ -150,7 +150,8 @@ def _proved(
         if not refused:
             assert isinstance(technique, KVTechnique)
             break
-        notes.append(f"{best.key} was not applied: {refused}")
+        told = f"{best.key} was not applied: {refused}"
+        notes += [] if told in notes else [told]
     else:
         return found, case.with_(gains[0].technique).bound(), None, gains[0].key
     found, proof = prove(

@@ -55,7 +55,7 @@ def prove(
     know is added to. beside: others to time in the same run, by name. Returns `found` with what
     was measured, and the proof without quality figures.
     """
-    from narrows.kv.adapter import ATTENTION, KVCache, nbytes
+    from narrows.kv.adapter import ATTENTION, KVCache, hidden_states, nbytes
     from narrows.measure.generation import prompts, time_generation
 
     before: Any = model.config._attn_implementation
@@ -68,9 +68,14 @@ def prove(
     }
     others = beside or {}
     caches |= {name: other.of(model).cache(model.config) for name, other in others.items()}
+    asked = (technique, *others.values())
+    # a prompt is read at once here: what is timed are steps over what is kept of it
+    hooks = hidden_states(model) if any(t.needs_hidden for t in asked) else []
     try:
         ran = time_generation(model, ids, caches, progress=progress)
     finally:
+        for hook in hooks:
+            hook.remove()
         model.set_attn_implementation(before)
     held = {name: float(nbytes(cache)) for name, cache in caches.items()}
     del caches
