@@ -145,8 +145,11 @@ def _proved(
         progress(0.3, "loading the model")
     model = loaded(target)
     for best in gains:
-        technique, after = best.technique, case.with_(best.technique).bound()
+        technique, rewritten = best.technique, case.with_(best.technique)
+        after = rewritten.bound()
         refused = _refused(technique, model, found, after)
+        if rewritten.machine is not case.machine:
+            refused = "it needs hardware that this machine does not have"
         if not refused:
             assert isinstance(technique, KVTechnique)
             break
@@ -157,6 +160,11 @@ def _proved(
     found, proof = prove(
         model, case, found, after, technique, best.settings, notes, part(progress, 0.32, 0.6)
     )
+    if technique.chunk:
+        notes.append(
+            f"{technique.key} reads prompts in chunks; here a prompt was read at once, and timed "
+            "are decode steps over what is kept of it"
+        )
     if target.name != REFERENCE:
         notes.append("quality was not measured: only the reference model has tasks with answers")
         return found, after, proof, best.key

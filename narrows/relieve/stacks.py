@@ -80,8 +80,12 @@ def singles(case: Case, *models: Any) -> tuple[list[Priced], dict[str, str]]:
         for technique in ladder:
             assert isinstance(technique, KVTechnique), entry.key
             try:
-                if case.with_(technique) is case:
+                rewritten = case.with_(technique)
+                if rewritten is case:
                     left[spelled(technique)] = technique.why(case)
+                    continue
+                if rewritten.machine is not case.machine:
+                    left[spelled(technique)] = f"it needs hardware beside {case.machine.name}"
                     continue
                 one = priced(case, technique)
                 if one.seconds >= dense.seconds:

@@ -230,8 +230,11 @@ def test_the_frontier_line_joins_what_nothing_beats() -> None:
 
 def test_a_search_that_found_nothing_is_drawn() -> None:
     dense = reports.frontier().candidates[:1]
-    ElementTree.fromstring(frontier.svg(replace(reports.frontier(), candidates=dense, best="",
-                                                single="", stack="", most=None)))  # fmt: skip
+    nothing = replace(reports.frontier(), candidates=dense, best="", single="", stack="", most=None)
+    picture = frontier.svg(nothing)
+    ElementTree.fromstring(picture)
+    assert picture.count('id="cache-') == 1
+    assert "best" not in re.sub(r"<title>.*?</title>", "", picture, flags=re.S)
 
 
 def test_the_page_with_both_pictures_is_whole_and_escaped() -> None:
