@@ -19,6 +19,7 @@ lowrank.py        LowRank                 a codec of few channels, each head of 
 attend_packed.py  packed, dense, merge    attention over codes as they lie (attend_packed.c)
 select_torch.py   window_votes, top       votes for tokens, and the choice among them
 _coded.py         Coding, coded, in_full  a coded cache as a workload sees it
+_training.py      remember, resumed       a training that was cut short goes on
 native.py         library, shared         C loops built for one shape and processor (pack_affine.c)
 
 One system a file, beside its own siblings (KEY_*.py, and _KEY_case.py: what it makes of a case):

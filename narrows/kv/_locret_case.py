@@ -12,30 +12,19 @@ from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
 from narrows.core.tensor import Codec, Number, Tensor
 from narrows.core.workload import Op, Phase, Use, Workload
-from narrows.kv.snapkv import KEYS, VALUES
-
-NEEDED = ("prompt", "generate", "heads", "kv_heads", "head_dim", "layers")
+from narrows.kv._coded import cached
+from narrows.kv.snapkv import KEYS, VALUES, _cut_decode
 
 
 def facts(case: Case) -> Mapping[str, Any]:
     """What is known of the load, once it is clear that there is a cache to bound."""
-    work = case.workload
-    if not {KEYS, VALUES} <= work.tensors.keys() or any(n not in work.facts for n in NEEDED):
+    found = cached(case, "locret", "bound")
+    if found.get("window"):
         raise NarrowsError(
-            f"{work.name} has no key-value cache of a prompt, so there is nothing for locret to "
-            "bound; it works on decoders that read a prompt"
+            f"layers of {case.workload.name} have a sliding window, whose cache is bounded "
+            "already; locret works on models that attend to everything"
         )
-    if work.facts.get("window"):
-        raise NarrowsError(
-            f"layers of {work.name} have a sliding window, whose cache is bounded already; locret "
-            "works on models that attend to everything"
-        )
-    if getattr(work.facts.get("config"), "softcap", False):
-        raise NarrowsError(
-            f"{work.name} passes its scores through a tanh (softcap), which the attention that "
-            "reads this cache does not do"
-        )
-    return work.facts
+    return found
 
 
 def chunked(work: Workload, budget: Number, chunk: float, width: int) -> Workload:
@@ -89,13 +78,13 @@ def chunked(work: Workload, budget: Number, chunk: float, width: int) -> Workloa
             return (*heads[1], changed)
         return (changed,)
 
-    cut = _decode(work, kept - before)
+    cut = _cut_decode(work, kept - before)
 
     def change(phase: Phase, op: Op) -> tuple[Op, ...]:
-        return prefill(op) if phase.name == "prefill" else (cut[0].get(id(op), op),)
+        return prefill(op) if phase.name == "prefill" else (cut.ops.get(id(op), op),)
 
     cache = [work.tensors[name].keep(token=kept) for name in (KEYS, VALUES)]
-    return work.with_tensors([*made.values(), *heads[0], *cut[1], *cache]).map_ops(change)
+    return work.with_tensors([*made.values(), *heads[0], *cut.tensors, *cache]).map_ops(change)
 
 
 def _is(value: Number, other: Number) -> bool:
@@ -134,22 +123,3 @@ def _heads(
         Op("locret.second", "matmul", (hidden, second), (scores,), 2.0 * rows * width * kv_heads,
            precision=dtype, repeat=each, shape={"m": rows, "n": kv_heads, "k": width}),
     )  # fmt: skip
-
-
-def _decode(work: Workload, change: Number) -> tuple[dict[int, Op], list[Tensor]]:
-    """Scores of decode, and what is made of them, over fewer keys; ops by the id of the old one."""
-    found = {t.name: t for t in work.tensors.values() if "key" in t.axes}
-    seen: set[str] = set()
-    ops: dict[int, Op] = {}
-    for op in (op for p in work.phases if p.name == "decode" for op in p.ops):
-        reads = {u.tensor for u in op.reads}
-        if not reads & (seen | {KEYS, VALUES}):
-            continue
-        seen |= {u.tensor for u in op.writes} & found.keys()
-        old = op.shape.get("kv", next((found[r].extent("key") for r in reads & seen), None))
-        if old is None:
-            continue
-        shape = {n: x + change if _is(x, old) and n in ("n", "k", "kv") else x
-                 for n, x in op.shape.items()}  # fmt: skip
-        ops[id(op)] = replace(op, shape=shape, flops=op.flops * (old + change) / old)
-    return ops, [found[n].keep(key=found[n].extent("key") + change) for n in seen]

@@ -30,7 +30,7 @@ from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
 from narrows.core.method import Price
 from narrows.kv._base import KVTechnique, Prompt
-from narrows.kv._coded import PARTS
+from narrows.kv._coded import cached
 from narrows.kv._phases import EVEN, Costs, Phases, Schedule, best, window
 
 if TYPE_CHECKING:
@@ -234,25 +234,7 @@ class ALISA(KVTechnique):
 
     def _facts(self, case: Case) -> Mapping[str, Any]:
         """What is known of the load; NarrowsError where there is no cache that this can thin."""
-        work = case.workload
-        needed = ("prompt", "generate", "heads", "head_dim", "layers")
-        missing = [n for n in needed if n not in work.facts]
-        if missing or not any(f"kv.{part}.key" in work.tensors for part in PARTS):
-            raise NarrowsError(
-                f"{work.name} has no key-value cache, so there is nothing for alisa to thin; it "
-                "works on decoders that generate from a prompt"
-            )
-        if work.facts.get("window") and "kv.prompt.key.local" not in work.tensors:
-            raise NarrowsError(
-                f"every layer of {work.name} has a sliding window, which bounds its cache already; "
-                "alisa works on layers that attend to everything"
-            )
-        if getattr(work.facts.get("config"), "softcap", False):
-            raise NarrowsError(
-                f"{work.name} passes its scores through a tanh (softcap), which the attention that "
-                "reads this cache does not do"
-            )
-        return work.facts
+        return cached(case, self.key, "thin")
 
 
 def schedule(

@@ -31,7 +31,7 @@ from narrows.core.case import Case
 from narrows.core.errors import NarrowsError
 from narrows.core.method import Price
 from narrows.kv._base import KVTechnique, Prompt
-from narrows.kv._coded import PARTS, in_full
+from narrows.kv._coded import PARTS, cached, in_full
 from narrows.kv._instinfer import CLUSTERED, CSD, FLASH, offloaded, per_page, reads
 
 if TYPE_CHECKING:
@@ -178,7 +178,10 @@ class InstInfer(KVTechnique):
         if after is case:
             return "the cache does not lie on the device: nothing changes"
         held = float(np.max(sum(t.bytes() for t in after.workload.role("kv") if t.tier == FLASH)))
-        told = f"moves the cache, {held / 1e9:.3g} GB with the keys' second copy, into the drives"
+        told = (
+            f"moves the cache, {held / 1e9:.3g} GB with the keys' second copy, into computational "
+            f"drives ({self.drives}, hardware of its own)"
+        )
         if float(np.max(facts["generate"])) < 1:
             return f"{told}; nothing is decoded, so only memory is saved"
         before, then = (c.bound().phase("decode").seconds for c in (case, after))
@@ -190,26 +193,7 @@ class InstInfer(KVTechnique):
 
     def _facts(self, case: Case) -> Mapping[str, Any]:
         """What is known of the load; NarrowsError where there is no cache to move."""
-        work = case.workload
-        missing = [n for n in ("prompt", "generate", "head_dim") if n not in work.facts]
-        if missing or not any(f"kv.{part}.key" in work.tensors for part in PARTS):
-            raise NarrowsError(
-                f"{work.name} has no key-value cache, so there is nothing for instinfer to move; "
-                "it works on decoders that generate from a prompt"
-            )
-        if work.facts.get("window") and not any(
-            t.name == "kv.prompt.key.local" for t in work.role("kv")
-        ):
-            raise NarrowsError(
-                f"every layer of {work.name} has a sliding window, which bounds its cache already; "
-                "instinfer works on layers that attend to everything"
-            )
-        if getattr(work.facts.get("config"), "softcap", False):
-            raise NarrowsError(
-                f"{work.name} passes its scores through a tanh (softcap), which attention in the "
-                "drive does not do"
-            )
-        return work.facts
+        return cached(case, self.key, "move")
 
 
 def mended(cache: Any) -> int:

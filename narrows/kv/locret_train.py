@@ -14,7 +14,6 @@ reached lies beside FILE and every step draws from its own seed.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 
 from narrows.kv._base import Policy, Prompt
+from narrows.kv._training import remember, resumed
 from narrows.kv.locret_torch import Heads, activation, fresh, inputs, labels, loss, save
 
 STATEMENTS = ((1, 3), (4, 3), (16, 2), (1, 6), (16, 2))
@@ -110,7 +110,7 @@ def train(
     heads = fresh(model, width, seed)
     weights = [w.requires_grad_() for w in (*heads.first, *heads.second)]
     optimizer = torch.optim.AdamW(weights, lr=rate, betas=(0.9, 0.95))
-    begin = _resumed(resume, optimizer, weights)
+    begin = resumed(resume, optimizer, weights)
     warm = max(1, int(WARM_UP * steps))
     for step in range(begin, steps):
         rng = np.random.default_rng((seed, 87, step))
@@ -135,36 +135,8 @@ def train(
         if tell:
             tell(step + 1, float(total.detach()))
         if resume and (step + 1) % every == 0:
-            _remember(resume, step + 1, optimizer, weights)
+            remember(resume, step + 1, optimizer, weights)
     return Heads(*([w.detach() for w in part] for part in (heads.first, heads.second)))
-
-
-def _remember(path: Path, step: int, optimizer: Any, weights: list[torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    told = {"step": torch.tensor(step)}
-    for i, weight in enumerate(weights):
-        state = optimizer.state[weight]
-        told |= {f"{i}.weight": weight.detach(), f"{i}.mean": state["exp_avg"],
-                 f"{i}.square": state["exp_avg_sq"]}  # fmt: skip
-    spare = path.with_suffix(".new")
-    save_file(told, spare)
-    os.replace(spare, path)
-
-
-def _resumed(path: Path | None, optimizer: Any, weights: list[torch.Tensor]) -> int:
-    if path is None or not path.is_file():
-        return 0
-    from safetensors.torch import load_file
-
-    told = load_file(path)
-    for i, weight in enumerate(weights):
-        weight.data.copy_(told[f"{i}.weight"])
-        optimizer.state[weight] = {
-            "step": told["step"].float(), "exp_avg": told[f"{i}.mean"],
-            "exp_avg_sq": told[f"{i}.square"],
-        }  # fmt: skip
-    return int(told["step"])
 
 
 def main(arguments: list[str] | None = None) -> None:

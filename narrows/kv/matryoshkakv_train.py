@@ -20,7 +20,6 @@ FILE and every step draws from its own seed.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from narrows.kv._training import remember, resumed
 from narrows.kv.matryoshkakv_torch import STEPS, Projection, cayley, principal, save, spread
 
 ATTENTION = "narrows_matryoshka_fit"
@@ -150,7 +150,7 @@ def train(
     start = begun(model, tokenizer, text, seed)
     free = [torch.zeros_like(start.basis).requires_grad_(), start.mean.clone().requires_grad_()]
     optimizer = torch.optim.AdamW(free, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
-    begin = _resumed(resume, optimizer, free)
+    begin = resumed(resume, optimizer, free)
     warm = max(1, int(WARM_UP * steps))
     size = start.mean.shape[-1]
     asked = [w.requires_grad for w in model.parameters()]
@@ -174,7 +174,7 @@ def train(
             if tell:
                 tell(step + 1, float(loss.detach()))
             if resume and (step + 1) % every == 0:
-                _remember(resume, step + 1, optimizer, free)
+                remember(resume, step + 1, optimizer, free)
     finally:
         for weight, wants in zip(model.parameters(), asked, strict=True):
             weight.requires_grad_(wants)
@@ -215,34 +215,6 @@ def ordered(
                 if tell:
                     tell(len(order), costs[best])
     return Projection(made.basis, made.mean, torch.tensor(order, dtype=torch.int64))
-
-
-def _remember(path: Path, step: int, optimizer: Any, weights: list[torch.Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    told = {"step": torch.tensor(step)}
-    for i, weight in enumerate(weights):
-        state = optimizer.state[weight]
-        told |= {f"{i}.weight": weight.detach(), f"{i}.mean": state["exp_avg"],
-                 f"{i}.square": state["exp_avg_sq"]}  # fmt: skip
-    spare = path.with_suffix(".new")
-    save_file(told, spare)
-    os.replace(spare, path)
-
-
-def _resumed(path: Path | None, optimizer: Any, weights: list[torch.Tensor]) -> int:
-    if path is None or not path.is_file():
-        return 0
-    from safetensors.torch import load_file
-
-    told = load_file(path)
-    for i, weight in enumerate(weights):
-        weight.data.copy_(told[f"{i}.weight"])
-        optimizer.state[weight] = {
-            "step": told["step"].float(), "exp_avg": told[f"{i}.mean"],
-            "exp_avg_sq": told[f"{i}.square"],
-        }  # fmt: skip
-    return int(told["step"])
 
 
 def main(arguments: list[str] | None = None) -> None:

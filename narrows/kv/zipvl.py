@@ -34,7 +34,7 @@ from narrows.core.errors import NarrowsError
 from narrows.core.method import Price
 from narrows.core.tensor import Codec, Number, Tensor
 from narrows.kv._base import KVTechnique, Prompt
-from narrows.kv._coded import PARTS, coded, in_full
+from narrows.kv._coded import cached, coded, in_full
 from narrows.kv._zipvl_case import sparse
 
 if TYPE_CHECKING:
@@ -227,25 +227,14 @@ class ZipVL(KVTechnique):
 
     def _facts(self, case: Case) -> Mapping[str, Any]:
         """What is known of the load; NarrowsError where there is no cache that this can pack."""
-        work = case.workload
-        missing = [n for n in ("prompt", "generate", "heads", "head_dim") if n not in work.facts]
-        if missing or not any(f"kv.{part}.key" in work.tensors for part in PARTS):
+        facts = cached(case, self.key, "pack")
+        if facts.get("window"):
             raise NarrowsError(
-                f"{work.name} has no key-value cache, so there is nothing for zipvl to pack; it "
-                "works on decoders that generate from a prompt"
+                f"layers of {case.workload.name} have a sliding window, which bounds their cache "
+                "already; zipvl works on models whose layers attend to everything"
             )
-        if work.facts.get("window"):
-            raise NarrowsError(
-                f"layers of {work.name} have a sliding window, which bounds their cache already; "
-                "zipvl works on models whose layers attend to everything"
-            )
-        if getattr(work.facts.get("config"), "softcap", False):
-            raise NarrowsError(
-                f"{work.name} passes its scores through a tanh (softcap), which the attention that "
-                "reads this cache does not do"
-            )
-        self._check(int(work.facts["head_dim"]))
-        return work.facts
+        self._check(int(facts["head_dim"]))
+        return facts
 
 
 def _whole(value: Any) -> bool:
