@@ -179,8 +179,8 @@ class InstInfer(KVTechnique):
             return "the cache does not lie on the device: nothing changes"
         held = float(np.max(sum(t.bytes() for t in after.workload.role("kv") if t.tier == FLASH)))
         told = (
-            f"moves the cache, {held / 1e9:.3g} GB with the keys' second copy, into computational "
-            f"drives ({self.drives}, hardware of its own)"
+            f"moves the cache, {held / 1e9:.3g} GB with the keys' second copy, into the drives "
+            f"({self.drives} that compute, hardware of their own)"
         )
         if float(np.max(facts["generate"])) < 1:
             return f"{told}; nothing is decoded, so only memory is saved"

@@ -573,6 +573,7 @@ def test_more_drives_are_faster_and_twice_is_once():
     assert "nothing changes" in InstInfer().why(one)
     assert "but it fits" in InstInfer().why(case(batch=1))
     assert "the drives" in InstInfer().why(case(batch=256))
+    assert "hardware of their own" in InstInfer().why(case(batch=256))
 
 
 def test_cases_it_cannot_help_say_so():
